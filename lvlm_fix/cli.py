@@ -1,0 +1,54 @@
+"""The command line. Every command prints results on stdout and nothing else there; errors are one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from lvlm_fix.commands import build, describe, evaluate, methods, score
+
+app = typer.Typer(
+    name="lvlm-fix",
+    help="Make vision-language models hallucinate less and run faster, with no training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("describe")(describe.describe)
+app.command("methods")(methods.methods)
+app.add_typer(score.app, name="score")
+app.add_typer(build.app, name="build")
+app.add_typer(evaluate.app, name="eval")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        from lvlm_fix import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: what a user can cause is told in one line, with exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("lvlm-fix: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        raise SystemExit(1) from None
+    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        if os.environ.get("LVLM_FIX_DEBUG"):
+            raise
+        print(f"lvlm-fix: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

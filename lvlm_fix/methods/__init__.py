@@ -1,0 +1,47 @@
+"""One file a paper. `METHODS` lists them once: command line, tests and documentation are made from it."""
+
+from __future__ import annotations
+
+import ast
+
+from lvlm_fix.methods.base import Method
+from lvlm_fix.methods.damro import DAMRO
+from lvlm_fix.methods.vtc_cls import VTCCLS
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DAMRO, VTCCLS)}
+
+__all__ = ["DAMRO", "METHODS", "VTCCLS", "Method", "parse"]
+
+
+def parse(text: str) -> list[Method]:
+    """Methods written as on the command line; `none` or an empty text is no method.
+
+    Raises:
+        ValueError: an unknown name or argument, or a value that is not a plain number or word.
+
+    >>> parse("damro(alpha=1.0, topk=4), vtc_cls")
+    [DAMRO(alpha=1.0, beta=0.1, topk=4), VTCCLS(keep=0.3333333333333333, start_layer=-4)]
+    """
+    if text.strip().lower() in ("", "none", "plain"):
+        return []
+    try:
+        parts = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+    except SyntaxError as error:
+        raise ValueError(f"cannot read methods {text!r}: write them as damro(alpha=0.5),vtc_cls") from error
+    return [_method(part, text) for part in parts]
+
+
+def _method(part: ast.expr, text: str) -> Method:
+    call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
+    if not isinstance(call.func, ast.Name) or call.args:
+        raise ValueError(f"cannot read methods {text!r}: write them as damro(alpha=0.5),vtc_cls")
+    name = call.func.id.lower()
+    if name not in METHODS:
+        raise ValueError(f"unknown method {call.func.id!r}: the methods are {', '.join(METHODS)}")
+    try:
+        return METHODS[name](**{str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
+    except TypeError as error:
+        fields = ", ".join(METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+        raise ValueError(f"{name} takes {fields}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot read methods {text!r}: {error}") from error

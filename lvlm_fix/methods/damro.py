@@ -1,0 +1,63 @@
+"""DAMRO: dive into the attention mechanism of the LVLM to reduce object hallucination."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lvlm_fix.functional import contrast_logits, outlier_tokens
+from lvlm_fix.methods.base import Method
+from lvlm_fix.vision import VisionEncoding
+
+
+@dataclass(frozen=True)
+class DAMRO(Method):
+    """Contrast the image against its own outlier tokens (Gong et al., arXiv 2410.04514, EMNLP 2024).
+
+    A second, negative branch sees only the `topk` image tokens that the tower's CLS token attends to most, which
+    in large towers lie in the background. What that branch believes as firmly as the whole image does is taken for
+    hallucination.
+
+    Raises:
+        ValueError: `alpha` is negative, `beta` is outside 0..1, or `topk` is below 1.
+
+    >>> DAMRO.for_model("llava-1.5", task="captions")
+    DAMRO(alpha=2.0, beta=0.1, topk=10)
+    """
+
+    alpha: float = 0.5  # strength of the contrast
+    beta: float = 0.1  # plausibility cut-off, relative to the most likely token
+    topk: int = 10  # outlier tokens of each image in the negative branch
+
+    name: ClassVar[str] = "damro"
+    paper: ClassVar[str] = "arXiv 2410.04514"
+    conflicts: ClassVar[dict[str, str]] = {
+        "vtc_cls": "VTC-CLS keeps the tokens of highest CLS attention, which DAMRO takes for outliers; "
+        "DAMRO takes its outliers from the unpruned image"
+    }
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or not 0 <= self.beta <= 1 or self.topk < 1:
+            raise ValueError(f"{self}: alpha must be at least 0, beta in 0..1 and topk at least 1")
+
+    def negative_tokens(self, vision: VisionEncoding) -> Tensor:
+        count = min(self.topk, vision.feature_scores.shape[-1])
+        return outlier_tokens(vision.feature_scores[None], count)[0].sort().values  # raster order, as in the prompt
+
+    def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
+        return contrast_logits(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)
+
+    @classmethod
+    def for_model(cls, model: str, task: str = "pope") -> DAMRO:
+        """The paper's setting for `llava-1.5`, `llava-next` or `instructblip`, and `pope` or `captions`."""
+        topk = {"llava-1.5": 10, "llava-next": 10, "instructblip": 4}
+        alpha = {"pope": 0.5, "captions": 1.5 if model == "instructblip" else 2.0}
+        if model not in topk or task not in alpha:
+            raise ValueError(
+                f"DAMRO has no setting for model {model!r} and task {task!r}: models are {', '.join(topk)}; "
+                f"tasks are {', '.join(alpha)}"
+            )
+        return cls(alpha=alpha[task], topk=topk[model])

@@ -1,0 +1,49 @@
+"""VTC-CLS: the [CLS] token tells everything needed for training-free efficient MLLMs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lvlm_fix.functional import select_by_cls
+from lvlm_fix.methods.base import Method
+from lvlm_fix.vision import VisionEncoding
+
+
+@dataclass(frozen=True)
+class VTCCLS(Method):
+    """Keep the image tokens that the tower's CLS token attends to, over several layers (arXiv 2412.05819).
+
+    `keep` is a number of tokens per image, or, below 1, a fraction of them. The paper keeps 64, 128 or 192 of 576
+    and tunes `start_layer` by model and budget; the default here, the three layers before the last, is ours.
+
+    Raises:
+        ValueError: `keep` is not positive.
+
+    >>> VTCCLS(keep=64).stages()
+    ('select',)
+    """
+
+    keep: float = 1 / 3  # image tokens that stay, of each image
+    start_layer: int = -4  # first vision layer of the ensemble; the last layer is always left out
+
+    name: ClassVar[str] = "vtc_cls"
+    paper: ClassVar[str] = "arXiv 2412.05819"
+
+    def __post_init__(self) -> None:
+        if not self.keep > 0:
+            raise ValueError(f"{self}: keep must be a positive number of tokens, or a fraction below 1")
+
+    def select(self, vision: VisionEncoding) -> Tensor:
+        total = vision.layer_scores.shape[-1]
+        keep = round(self.keep * total) if self.keep < 1 else int(self.keep)
+        return select_by_cls(vision.layer_scores[:, None], min(max(keep, 1), total), self.start_layer)[0]
+
+    @classmethod
+    def for_model(cls, model: str, task: str = "pope") -> VTCCLS:
+        """The paper's middle budget, 128 tokens, for `llava-1.5`; its other budgets are 64 and 192."""
+        if model != "llava-1.5":
+            raise ValueError(f"VTC-CLS has no setting for model {model!r}: the model is llava-1.5")
+        return cls(keep=128)

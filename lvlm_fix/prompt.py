@@ -1,0 +1,83 @@
+"""Prompts as tensors: where the image tokens stand, and the same prompt with fewer of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lvlm_fix.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images stand in a batch of prompts with R rows of L tokens.
+
+    `visible` (R, L) bool are the tokens that are no padding; `spans[i]` is the row and the columns (N_i,) of image i,
+    images in reading order.
+    """
+
+    visible: Tensor
+    spans: list[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A left-padded batch of embedded prompts: `embeddings` (R, T, C), `mask` (R, T) bool, `positions` (R, T)."""
+
+    embeddings: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def layout(input_ids: Tensor, attention_mask: Tensor | None, image_token: int, lengths: list[int]) -> Layout:
+    """Find the images, whose numbers of tokens are `lengths` in reading order, in `input_ids` (R, L).
+
+    Raises:
+        PromptError: the placeholders of a prompt do not match the pictures.
+    """
+    visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_image = (input_ids == image_token) & visible
+    spans: list[tuple[int, Tensor]] = []
+    remaining = list(lengths)
+    for row in range(input_ids.shape[0]):
+        columns = is_image[row].nonzero()[:, 0]
+        while len(columns):
+            if not remaining or remaining[0] > len(columns):
+                raise PromptError(_mismatch(int(is_image.sum()), lengths))
+            count = remaining.pop(0)
+            spans.append((row, columns[:count]))
+            columns = columns[count:]
+    if remaining:
+        raise PromptError(_mismatch(int(is_image.sum()), lengths))
+    return Layout(visible, spans)
+
+
+def _mismatch(placeholders: int, lengths: list[int]) -> str:
+    return (
+        f"the prompts hold {placeholders} image tokens but {len(lengths)} pictures give {sum(lengths)}: "
+        "put one <image> in the prompt for each picture, and let the processor expand it"
+    )
+
+
+def kept_columns(where: Layout, kept: list[Tensor | None]) -> Tensor:
+    """Tokens (R, L) bool that stay when of image i only the tokens `kept[i]` do; None keeps all of them."""
+    stays = where.visible.clone()
+    for (row, columns), indices in zip(where.spans, kept, strict=True):
+        if indices is not None:
+            stays[row, columns] = False
+            stays[row, columns[indices.to(columns.device)]] = True
+    return stays
+
+
+def pack(embeddings: Tensor, stays: Tensor) -> Prefill:
+    """Drop the tokens that do not stay, (R, L, C) to (R, T, C), left-padded, with positions counted anew."""
+    counts = stays.sum(1)
+    width = int(counts.max())
+    order = stays.long().argsort(dim=1, stable=True)[:, -width:]  # False sorts first: what stays is packed right
+    mask = torch.arange(width, device=stays.device)[None] >= (width - counts)[:, None]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    packed = embeddings[rows, order] * mask[..., None].to(embeddings.dtype)
+    return Prefill(packed, mask, positions)

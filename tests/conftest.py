@@ -1,0 +1,54 @@
+"""Shared by all tests: offline, deterministic, and small models of the true architecture."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The LVLM that ships: model and processor."""
+    from lvlm_fix import load
+
+    return load()
+
+
+@pytest.fixture(scope="session")
+def random_llava():
+    """A LLaVA of random weights with sharpened attention, so that tokens differ in CLS attention."""
+    from lvlm_fix.assets.recipe.architecture import PRESETS, build_config, build_processor, build_tokenizer
+    from transformers import LlavaForConditionalGeneration
+
+    torch.manual_seed(7)
+    tokenizer = build_tokenizer()
+    model = LlavaForConditionalGeneration(build_config(PRESETS["smoke"], tokenizer)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(6)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, build_processor(tokenizer)
+
+
+def noise_picture(seed: int, size: tuple[int, int] = (144, 144)) -> Image.Image:
+    """A picture of coarse coloured noise."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize(size)
