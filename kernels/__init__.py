@@ -1,0 +1,1 @@
+"""Fused Triton kernels. None yet: the methods run on the torch functions of `lvlm_fix.functional`."""

@@ -99,7 +99,9 @@ def _check(model: Any, methods: tuple[Method, ...]) -> None:
         raise AttachError("attach needs at least one method, such as attach(model, VTCCLS(keep=64))")
     for method in methods:
         if not isinstance(method, Method):
-            raise AttachError(f"{method!r} is not a method: pass instances such as DAMRO() or VTCCLS(keep=64)")
+            raise AttachError(
+                f"{method!r} is not a method: pass instances such as DAMRO() or VTCCLS(keep=64)"
+            )
     names = [method.name for method in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

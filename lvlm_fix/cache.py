@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -21,7 +23,7 @@ class BranchedCache(Cache):
         Args:
             branches: filled caches of equal row count; shorter ones are padded on the left.
             masks: per branch, (rows, T_b) bool, which of its cached tokens are real.
-            full_length: tokens of the first row's prompt before image tokens were chosen.
+            full_length: columns of the prompt, padding included, before image tokens were chosen.
         """
         super().__init__(layers=branches[0].layers)
         self.branches, self.full_length = len(branches), full_length
@@ -31,10 +33,11 @@ class BranchedCache(Cache):
         self.lengths = self.mask.sum(1)
         self.unpadded = bool(self.mask.all())
         if self.branches > 1:
-            for index, layer in enumerate(self.layers):
-                parts = [branch.layers[index] for branch in branches]
-                layer.keys = torch.cat([_pad_left(part.keys, width, dim=2) for part in parts])
-                layer.values = torch.cat([_pad_left(part.values, width, dim=2) for part in parts])
+            layers: list[list[Any]] = [list(branch.layers) for branch in branches]
+            for layer, parts in zip(layers[0], zip(*layers, strict=True), strict=True):
+                keys, values = [part.keys for part in parts], [part.values for part in parts]
+                layer.keys = torch.cat([_pad_left(key, width, dim=2) for key in keys])
+                layer.values = torch.cat([_pad_left(value, width, dim=2) for value in values])
 
     def generated(self) -> int:
         """Number of tokens cached after the prompt."""
@@ -47,8 +50,25 @@ class BranchedCache(Cache):
         positions = self.lengths[:, None] + steps
         mask = None
         if not self.unpadded:
-            mask = torch.cat([self.mask, self.mask.new_ones(len(ids), done + input_ids.shape[1])], dim=1).long()
+            mask = torch.cat(
+                [self.mask, self.mask.new_ones(len(ids), done + input_ids.shape[1])], dim=1
+            ).long()
         return ids, mask, positions
+
+    def continue_inputs(self, input_ids: Tensor, since_prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the next turn of a conversation, whose columns count as prompt from now on.
+
+        Args:
+            input_ids: (rows, Q) tokens that are not cached yet.
+            since_prompt: (rows, T) mask of all tokens after the prompt, these Q included; rows that ended early
+                hold padding in the middle.
+        """
+        since = since_prompt.bool().repeat(self.branches, 1)
+        self.mask = torch.cat([self.mask, since], dim=1)
+        self.full_length += since.shape[1]
+        self.width, self.lengths, self.unpadded = self.mask.shape[1], self.mask.sum(1), bool(self.mask.all())
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return input_ids.repeat(self.branches, 1), self.mask.long(), positions
 
     def _select(self, rows: Tensor) -> None:
         self.mask, self.lengths = self.mask[rows], self.lengths[rows]
@@ -59,7 +79,7 @@ class BranchedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         rows = self._all_branches(beam_idx)
-        super().reorder_cache(rows)
+        super().reorder_cache(cast(torch.LongTensor, rows))
         self._select(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -35,8 +36,9 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Entry point: what a user can cause is told in one line, with exit code 1."""
+    warnings.formatwarning = _one_line_warning  # type: ignore[assignment]
     try:
-        app()
+        app(prog_name="lvlm-fix")
     except KeyboardInterrupt:
         print("lvlm-fix: stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -46,8 +48,21 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
         if os.environ.get("LVLM_FIX_DEBUG"):
             raise
-        print(f"lvlm-fix: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lvlm-fix: {_sentence(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _one_line_warning(message: Warning | str, *where: object) -> str:
+    """Warnings without the source line that raised them."""
+    return f"lvlm-fix: {message}\n"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno and error.filename:  # raised by Python, not by us
+        if isinstance(error, FileNotFoundError):
+            return f"there is no file {error.filename}: check the path"
+        return f"cannot use {error.filename}: {(error.strerror or 'unknown reason').lower()}"
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

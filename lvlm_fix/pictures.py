@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import IO
@@ -14,7 +15,19 @@ from lvlm_fix.errors import PictureError
 
 MOST_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 LONGEST_SIDE = 4096  # a larger picture is scaled down: no tower looks closer
-THINNEST = 20  # a picture thinner than 1 : 20 is padded, or processors that fit the short side would blow it up
+THINNEST = 20  # a picture thinner than 1 : 20 is padded, or processors that fit the short side blow it up
+
+# what Pillow's decoders raise on damaged files: RuntimeError is AVIF's, the last four its plug-ins' slips
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    IndexError,
+    TypeError,
+    struct.error,
+)
 
 Picture = str | Path | bytes | IO[bytes] | Image.Image
 
@@ -37,7 +50,7 @@ def open_picture(source: Picture) -> Image.Image:
     name = _name(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
+            warnings.filterwarnings("ignore", module="PIL")  # our own limit is below; EXIF may be damaged
             image = source if isinstance(source, Image.Image) else Image.open(_stream(source, name))
             if image.width * image.height > MOST_PIXELS:
                 raise PictureError(
@@ -53,9 +66,13 @@ def open_picture(source: Picture) -> Image.Image:
             f"cannot read picture {name}: it has more than {MOST_PIXELS:,} pixels; scale it down first"
         ) from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"cannot read picture {name}: it is not in a picture format that is known here") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PictureError(f"cannot read picture {name}: the file is damaged or cut short ({error})") from error
+        raise PictureError(
+            f"cannot read picture {name}: it is not in a picture format that is known here"
+        ) from error
+    except _DECODER_ERRORS as error:
+        raise PictureError(
+            f"cannot read picture {name}: the file is damaged or cut short ({error})"
+        ) from error
 
 
 def _name(source: Picture) -> str:
@@ -93,11 +110,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow's own conversion of deep grey pictures clips at 255 instead of scaling."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        values = values * 255 if values.max(initial=0) <= 1 else values
-    elif values.max(initial=0) > 255:
-        values = values / 257
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    most = values.max(initial=0)
+    if image.mode.startswith("I;16") or 255 < most <= 65535:
+        values = values / 257  # a dark 16-bit picture stays dark
+    elif most > 65535:
+        values = values * (255 / most)
+    elif image.mode == "F" and most <= 1:
+        values = values * 255
     return Image.fromarray(np.clip(values.round(), 0, 255).astype(np.uint8))
 
 

@@ -28,7 +28,9 @@ IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs", "image_sizes")
 class Pipeline:
     """Runs the stages of `methods` around `plain_forward`, the model's own forward pass."""
 
-    def __init__(self, model: Any, family: Family, methods: tuple[Method, ...], plain_forward: Callable) -> None:
+    def __init__(
+        self, model: Any, family: Family, methods: tuple[Method, ...], plain_forward: Callable
+    ) -> None:
         self.model, self.family, self.methods, self.plain_forward = model, family, methods, plain_forward
         self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
         self.recorder = CLSRecorder(model, family)
@@ -41,7 +43,9 @@ class Pipeline:
         result = self.encode(*args, **kwargs)
         features = self.family.features(result)
         encodings = self.recorder.encodings()
-        self.encoded = {id(feature): (feature, seen) for feature, seen in zip(features, encodings, strict=True)}
+        self.encoded = {
+            id(feature): (feature, seen) for feature, seen in zip(features, encodings, strict=True)
+        }
         if hasattr(result, "pooler_output"):
             result.pooler_output = features  # the very tensors, which generate hands on to the prefill
             return result
@@ -53,11 +57,14 @@ class Pipeline:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, BranchedCache):
             return self._step(input_ids, cache, kwargs)
-        has_images = any(kwargs.get(name) is not None for name in IMAGE_INPUTS[:2])
-        if not has_images:
+        if not _has_images(kwargs):
+            if cache is None or not cache.get_seq_length():
+                self.report = {method.name: [] for method in self.methods}
             return self.plain_forward(input_ids=input_ids, **kwargs)
         if input_ids is None:
-            raise PromptError("under attach, a prompt with pictures is passed as input_ids, not inputs_embeds")
+            raise PromptError(
+                "under attach, a prompt with pictures is passed as input_ids, not inputs_embeds"
+            )
         if cache is not None and (cache.get_seq_length() or getattr(cache, "is_compileable", False)):
             raise PromptError(
                 "under attach, pictures come in the first call, into an empty DynamicCache: leave past_key_values, "
@@ -74,8 +81,8 @@ class Pipeline:
         features = self.family.features(given)
         if any(id(feature) not in self.encoded for feature in features):
             raise PromptError(
-                "the image features were not made under this attach, so their CLS scores are unknown: "
-                "pass pixel_values, not mm_encoder_outputs"
+                "the image features were not made under this attach, or were cut in chunks, so their CLS scores are "
+                "unknown: pass pixel_values, and leave mm_encoder_outputs and prefill_chunk_size out"
             )
         return [self.encoded[id(feature)] for feature in features]
 
@@ -99,7 +106,8 @@ class Pipeline:
         def run(stays: Tensor, cache: Cache, keep: int | Tensor) -> tuple[Any, Tensor]:
             prompt = pack(embeddings, stays)
             inputs = rest | {"attention_mask": prompt.mask.long(), "position_ids": prompt.positions}
-            inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": keep}
+            inputs |= {"past_key_values": cache if caching else None, "use_cache": caching}
+            inputs |= {"logits_to_keep": keep}
             return self.plain_forward(inputs_embeds=prompt.embeddings, **inputs), prompt.mask
 
         output, real = run(kept_columns(where, kept), first, keep_logits)
@@ -112,15 +120,16 @@ class Pipeline:
             output.logits = torch.cat([output.logits[:, :-1].to(last.dtype), last[:, None]], dim=1)
             caches.append(cache)
             masks.append(real)
-        output.past_key_values = (
-            BranchedCache(caches, masks, int(where.visible[0].sum())) if caching else None
-        )
+        if caching:
+            output.past_key_values = BranchedCache(caches, masks, input_ids.shape[1])
         return output
 
     @staticmethod
     def _for_each(images: list[tuple[Tensor, VisionEncoding]], choose: Callable) -> list[Tensor | None]:
         """What `choose` says of each image; of images repeated for beams it is asked once."""
-        chosen = {id(encoding): choose(encoding) for encoding in {id(seen): seen for _, seen in images}.values()}
+        chosen = {
+            id(encoding): choose(encoding) for encoding in {id(seen): seen for _, seen in images}.values()
+        }
         return [chosen[id(encoding)] for _, encoding in images]
 
     def _outliers(self, method: Method, encoding: VisionEncoding) -> Tensor | None:
@@ -139,13 +148,23 @@ class Pipeline:
         return kept
 
     def _step(self, input_ids: Tensor | None, cache: BranchedCache, kwargs: dict[str, Any]) -> Any:
-        if input_ids is None or any(kwargs.get(name) is not None for name in IMAGE_INPUTS[:2]):
-            raise PromptError("under attach, a conversation goes on in text: pass a new picture in a new generate call")
-        rows, new = input_ids.shape[0], input_ids.shape[1]
-        if new > 1:  # a continued conversation: generate cuts by the cache's length, which pruning made shorter
-            new = max(1, min(new, self._unseen(kwargs, cache, new)))
-            input_ids = input_ids[:, -new:]
-        ids, mask, positions = cache.step_inputs(input_ids)
+        if input_ids is None or _has_images(kwargs):
+            raise PromptError(
+                "under attach, a conversation goes on in text: pass a new picture in a new generate call"
+            )
+        rows, new = input_ids.shape
+        mask: Tensor | None
+        if cache.branches != 1 + len(self.contrasting):
+            raise PromptError(
+                "past_key_values comes from a call with other methods attached: continue under the same methods"
+            )
+        if new > 1:  # a continued conversation
+            since_prompt = _since_prompt(kwargs, cache, rows, new)
+            # generate cuts the ids by the cache's length, which pruning made shorter
+            input_ids = input_ids[:, -(since_prompt.shape[1] - cache.generated()) :]
+            ids, mask, positions = cache.continue_inputs(input_ids, since_prompt)
+        else:
+            ids, mask, positions = cache.step_inputs(input_ids)
         rest = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
         rest |= {"attention_mask": mask, "position_ids": positions}
         output = self.plain_forward(input_ids=ids, **rest)
@@ -159,10 +178,23 @@ class Pipeline:
                 output[name] = tuple(tensor[:rows] for tensor in output[name])
         return output
 
-    @staticmethod
-    def _unseen(kwargs: dict[str, Any], cache: BranchedCache, new: int) -> int:
-        """How many of the last `new` columns the cache has not seen, from positions in the unpruned prompt."""
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            return new
-        return int(positions[0, -1]) + 1 - cache.full_length - cache.generated()
+
+def _has_images(kwargs: dict[str, Any]) -> bool:
+    encoded = kwargs.get("mm_encoder_outputs") or {}  # generate passes {} along with plain text
+    return kwargs.get("pixel_values") is not None or encoded.get("image") is not None
+
+
+def _since_prompt(kwargs: dict[str, Any], cache: BranchedCache, rows: int, new: int) -> Tensor:
+    """Mask (rows, T) of the columns after the prompt; generate leaves out a mask that hides nothing."""
+    given, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if given is not None:
+        columns = given.shape[1]
+    elif positions is not None:
+        columns = int(positions[0, -1]) + 1
+    else:
+        columns = cache.full_length + cache.generated() + new
+    seen = cache.generated()
+    unseen = min(new, max(1, columns - cache.full_length - seen))
+    if given is not None:
+        return given[:, -(seen + unseen) :]
+    return torch.ones(rows, seen + unseen, dtype=torch.long, device=cache.mask.device)

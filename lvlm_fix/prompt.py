@@ -37,7 +37,9 @@ def layout(input_ids: Tensor, attention_mask: Tensor | None, image_token: int, l
     Raises:
         PromptError: the placeholders of a prompt do not match the pictures.
     """
-    visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    visible = (
+        torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    )
     is_image = (input_ids == image_token) & visible
     spans: list[tuple[int, Tensor]] = []
     remaining = list(lengths)
@@ -75,7 +77,9 @@ def pack(embeddings: Tensor, stays: Tensor) -> Prefill:
     """Drop the tokens that do not stay, (R, L, C) to (R, T, C), left-padded, with positions counted anew."""
     counts = stays.sum(1)
     width = int(counts.max())
-    order = stays.long().argsort(dim=1, stable=True)[:, -width:]  # False sorts first: what stays is packed right
+    order = stays.long().argsort(dim=1, stable=True)[
+        :, -width:
+    ]  # False sorts first: what stays is packed right
     mask = torch.arange(width, device=stays.device)[None] >= (width - counts)[:, None]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     rows = torch.arange(len(order), device=order.device)[:, None]

@@ -21,7 +21,7 @@ class CLSRecorder:
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
-        self.layers = family.tower_attention(model)
+        self.layers: list[Any] = family.tower_attention(model)
         self.feature_layer = family.feature_layer(model)
         self.query: Tensor | None = None
         self.layer_scores: list[Tensor] = []
@@ -47,7 +47,9 @@ class CLSRecorder:
         def hook(module: nn.Module, inputs: Any, key: Tensor) -> None:
             if index == 0:
                 self.layer_scores, self.feature_scores = [], None
-            assert self.query is not None, "the tower computes keys before queries: lvlm-fix assumes the opposite"
+            assert self.query is not None, (
+                "the tower computes keys before queries: lvlm-fix assumes the opposite"
+            )
             self.layer_scores.append(cls_scores(self.query, key, heads))
             if index == self.feature_layer:
                 self.feature_scores = cls_scores(self.query, key, 1)
@@ -60,7 +62,8 @@ class CLSRecorder:
         layers = torch.stack(self.layer_scores)
         grid = self.family.grid(self.model, layers.shape[-1])
         encodings = [
-            VisionEncoding(layers[:, image], self.feature_scores[image], grid) for image in range(layers.shape[1])
+            VisionEncoding(layers[:, image], self.feature_scores[image], grid)
+            for image in range(layers.shape[1])
         ]
         self.layer_scores, self.feature_scores, self.query = [], None, None
         return encodings

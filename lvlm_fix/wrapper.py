@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from lvlm_fix.attachment import attach
 from lvlm_fix.errors import PromptError
@@ -42,6 +41,7 @@ class Answer:
 class LVLM:
     """A model with its processor, asked in plain strings.
 
+    >>> from PIL import Image
     >>> from lvlm_fix import DAMRO
     >>> answer = LVLM().ask(Image.new("RGB", (64, 64)), "Is there a dog in the image?", fix=[DAMRO()])
     >>> list(answer.report)
@@ -50,6 +50,8 @@ class LVLM:
 
     def __init__(self, model: str | Path | Any = EMBEDDED, processor: Any = None, **options: Any) -> None:
         """Load `model` with `options` (see `load`), or take a loaded model with its processor."""
+        self.model: Any
+        self.processor: Any
         if processor is not None:
             self.model, self.processor = model, processor
         else:
@@ -81,7 +83,9 @@ class LVLM:
             PromptError: a question is empty or holds image placeholders, or the lists differ in length.
         """
         images, questions, batched = _pairs(image, question)
-        pictures = [[open_picture(one) for one in (item if isinstance(item, tuple) else (item,))] for item in images]
+        pictures = [
+            [open_picture(one) for one in (item if isinstance(item, tuple) else (item,))] for item in images
+        ]
         prompts = [self._prompt(text, len(some)) for text, some in zip(questions, pictures, strict=True)]
         inputs = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -111,7 +115,9 @@ class LVLM:
         texts = self.processor.batch_decode(sequences, skip_special_tokens=True)
         copies = len(sequences) // len(pictures)  # num_return_sequences
         pad = self.model.generation_config.pad_token_id
-        entries_per_image = {name: len(rows) // max(1, sum(map(len, pictures))) for name, rows in report.items()}
+        entries_per_image = {
+            name: len(rows) // max(1, sum(map(len, pictures))) for name, rows in report.items()
+        }
         answers, first = [], 0
         for index, text in enumerate(texts):
             count = len(pictures[index // copies])
@@ -132,5 +138,7 @@ def _pairs(image: Any, question: str | Sequence[str]) -> tuple[list, list[str], 
     images = image if isinstance(image, list) else [image] * len(questions)
     questions = questions * len(images) if isinstance(question, str) else questions
     if len(images) != len(questions) or not images:
-        raise PromptError(f"{len(images)} images and {len(questions)} questions: give one question for each, or one for all")
+        raise PromptError(
+            f"{len(images)} images and {len(questions)} questions: give one question for each, or one for all"
+        )
     return images, questions, batched

@@ -34,8 +34,9 @@ def embedded():
 @pytest.fixture(scope="session")
 def random_llava():
     """A LLaVA of random weights with sharpened attention, so that tokens differ in CLS attention."""
-    from lvlm_fix.assets.recipe.architecture import PRESETS, build_config, build_processor, build_tokenizer
     from transformers import LlavaForConditionalGeneration
+
+    from lvlm_fix.assets.recipe.architecture import PRESETS, build_config, build_processor, build_tokenizer
 
     torch.manual_seed(7)
     tokenizer = build_tokenizer()
@@ -52,3 +53,30 @@ def noise_picture(seed: int, size: tuple[int, int] = (144, 144)) -> Image.Image:
     """A picture of coarse coloured noise."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize(size)
+
+
+@pytest.fixture(scope="session")
+def sample_pictures() -> dict[str, Image.Image]:
+    """The pictures that ship, by name."""
+    return {
+        path.stem: Image.open(path).convert("RGB")
+        for path in sorted((ROOT / "assets" / "samples").glob("*.png"))
+    }
+
+
+@pytest.fixture(params=["embedded", "random_llava"])
+def llava(request):
+    """Each of the two models in turn: model and processor."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def ask():
+    """Model inputs from a processor and rows of (pictures, question); shorter rows are padded on the left."""
+
+    def build(processor, *rows):
+        texts = [f"USER: {'<image>' * len(pictures)}\n{question} ASSISTANT:" for pictures, question in rows]
+        pictures = [list(pictures) for pictures, _ in rows if pictures]
+        return processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
+
+    return build

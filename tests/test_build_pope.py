@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lvlm_fix.evals.build_pope import Statistics, build_pope, read_statistics
 from lvlm_fix.evals.coco import Annotations, read_instances
 from lvlm_fix.evals.records import DataError, write_lines

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lvlm_fix.evals.chair import Caption, hallucinated, mentioned, read_captions, score_captions
 from lvlm_fix.evals.coco import read_objects
 from lvlm_fix.evals.records import DataError, Faults

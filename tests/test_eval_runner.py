@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from lvlm_fix import DAMRO, LVLM, VTCCLS
 from lvlm_fix.evals import tasks
 from lvlm_fix.evals.records import DataError, read_json
 from lvlm_fix.evals.results import Appender, read_rows
 from lvlm_fix.evals.runner import batches, run
 from lvlm_fix.evals.settings import Decoding, Setting
-from PIL import Image
-from typer.testing import CliRunner
-
-from lvlm_fix import DAMRO, LVLM, VTCCLS
 
 OBJECTS = {1: ["cat", "dog", "car"], 2: ["bus", "dog"], 3: ["cat", "bench"]}
 FIX = (VTCCLS(keep=40, start_layer=0),)

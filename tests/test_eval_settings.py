@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lvlm_fix.evals.manifest import first_difference
 from lvlm_fix.evals.settings import Decoding, parse_settings
 

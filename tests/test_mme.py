@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from lvlm_fix.evals.mme import mme
 from lvlm_fix.evals.records import DataError
 from lvlm_fix.evals.settings import Setting
 from lvlm_fix.evals.summary import summarize
-from PIL import Image
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from lvlm_fix.evals.records import DataError
 from typer.testing import CliRunner
 
 from lvlm_fix.commands.build import app as build_app
 from lvlm_fix.commands.score import app as score_app
+from lvlm_fix.evals.records import DataError
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 needs_fixtures = pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data beside the repository")

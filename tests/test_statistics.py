@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lvlm_fix.evals.chair import ChairScore
 from lvlm_fix.evals.pope import PopeScore
 from lvlm_fix.evals.statistics import Bootstrap, holm, mcnemar, ratio

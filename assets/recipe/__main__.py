@@ -20,7 +20,9 @@ log = logging.getLogger("lvlm_fix.recipe")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lvlm_fix.assets.recipe", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, log and results")
-    parser.add_argument("--preset", choices=list(PRESETS), default="cpu", help="sizes and length of the training")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default="cpu", help="sizes and length of the training"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -32,7 +34,13 @@ def main() -> None:
         handlers=[logging.StreamHandler(), logging.FileHandler(out / "recipe.log")],
     )
     started, preset = time.monotonic(), PRESETS[arguments.preset]
-    log.info("preset %s, seed %d, on %s, torch %s", arguments.preset, arguments.seed, arguments.device, torch.__version__)
+    log.info(
+        "preset %s, seed %d, on %s, torch %s",
+        arguments.preset,
+        arguments.seed,
+        arguments.device,
+        torch.__version__,
+    )
 
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer(arguments.seed)
@@ -52,7 +60,9 @@ def main() -> None:
     from lvlm_fix.assets.recipe.decoder import train_decoder
 
     # Scenes that the tower has not seen: on its own training scenes its features would be surer than in use.
-    decoder_scenes = render(preset.tower_scenes, preset.decoder_scenes, out / "scenes", "render for the decoder")
+    decoder_scenes = render(
+        preset.tower_scenes, preset.decoder_scenes, out / "scenes", "render for the decoder"
+    )
     train_decoder(model, tokenizer, decoder_scenes, preset, out, arguments.seed)
     log.info("decoder done after %.0f minutes", (time.monotonic() - started) / 60)
 

@@ -45,12 +45,13 @@ class Preset:
     decoder_scenes: int
     decoder_steps: int
     decoder_batch: int
+    compile: bool = True  # costs minutes before the first step, so not for a run of seconds
 
 
 PRESETS = {
     "cpu": Preset(192, 8, 3, 256, 8, 4, 40_000, 2_800, 64, 40_000, 3_000, 32),
     "gpu": Preset(256, 10, 4, 320, 10, 5, 120_000, 20_000, 256, 120_000, 12_000, 128),
-    "smoke": Preset(32, 3, 2, 32, 2, 2, 64, 6, 8, 64, 6, 4),
+    "smoke": Preset(32, 3, 2, 32, 2, 2, 64, 6, 8, 64, 6, 4, compile=False),
 }
 
 
@@ -133,7 +134,7 @@ def build_config(preset: Preset, tokenizer: PreTrainedTokenizerFast) -> LlavaCon
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer("<image>", add_special_tokens=False).input_ids[0],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=144,

@@ -80,7 +80,9 @@ def question(rng: np.random.Generator, category: str) -> str:
 def absent_objects(rng: np.random.Generator, present: set[str], theme: str, count: int) -> list[str]:
     """Categories that are not there: at random, from the same theme, and usual partners that stayed away."""
     missing = [PARTNERS[name][0] for name in sorted(present) if name in PARTNERS]
-    chosen = list(dict.fromkeys(name for name in missing if name not in present and rng.random() < 0.5))[:count]
+    chosen = list(dict.fromkeys(name for name in missing if name not in present and rng.random() < 0.5))[
+        :count
+    ]
     same = [name for name in THEMES[theme] if name not in present]
     anywhere = [name for name in CATEGORIES if name not in present]
     while len(chosen) < count:

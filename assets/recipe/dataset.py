@@ -74,7 +74,7 @@ def render(first: int, count: int, folder: Path, label: str) -> Scenes:
             parts = list(bar)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         partial_path = path.with_suffix(".partial.npz")
-        np.savez(partial_path, **arrays)
+        np.savez(partial_path, **arrays)  # type: ignore[arg-type]
         partial_path.replace(path)
     with np.load(path) as stored:
         return Scenes(**{name: stored[name] for name in stored.files})

@@ -5,7 +5,7 @@ that cannot see one another: a turn attends to the image and to itself, with pos
 trained is then what is used, a single question about a picture.
 
 Most batches keep only a random part of the image tokens, in raster order with packed positions, from a handful up.
-Objects none of whose tokens are kept are not spoken of: the model learns to say what its tokens show, and meets
+Objects none of whose tokens are kept count as absent: the model learns to say what its tokens show, and meets
 pruned images (VTC-CLS) and DAMRO's negative branch prepared.
 """
 
@@ -76,8 +76,16 @@ class Packer:
     def named(self, index: int, kept: np.ndarray) -> list[str]:
         """The objects that are spoken of: hidden ones, and those of which a token is left."""
         shown = set(self.scenes.patches[index][kept].tolist()) - {BACKGROUND, UNCLEAR}
-        names, objects, hidden = self.scenes.names(index), self.scenes.objects[index], self.scenes.hidden[index]
-        return [name for name, o, h in zip(names, objects[: len(names)], hidden, strict=False) if h or int(o) in shown]
+        names, objects, hidden = (
+            self.scenes.names(index),
+            self.scenes.objects[index],
+            self.scenes.hidden[index],
+        )
+        return [
+            name
+            for name, o, h in zip(names, objects[: len(names)], hidden, strict=False)
+            if h or int(o) in shown
+        ]
 
     def batch(self, rng: np.random.Generator, indices: np.ndarray) -> Packed:
         bucket = int(rng.choice(BUCKETS, p=BUCKET_CHANCES))
@@ -98,23 +106,34 @@ class Packer:
             at = stop + len(self.newline)
             positions[row, :at] = np.cumsum(valid[row, :at]) - 1
             names, theme = self.named(int(index), keep), list(THEMES)[self.scenes.themes[index]]
-            for number, (asked, answer) in enumerate(conversations(rng, names, theme, TURNS) if names else []):
+            for number, (asked, answer) in enumerate(
+                conversations(rng, names, theme, TURNS) if names else []
+            ):
                 question = self.encode(f"{asked} ASSISTANT:")
                 reply = [*self.encode(f" {answer}"), self.tokenizer.eos_token_id]
                 end = at + len(question) + len(reply)
                 if end > total:
                     continue
                 ids[row, at:end] = question + reply
-                positions[row, at:end] = positions[row, stop + len(self.newline) - 1] + 1 + np.arange(end - at)
-                labels[row, end - len(reply) - 1 : end - 1] = reply  # shifted: a position predicts the next token
+                positions[row, at:end] = (
+                    positions[row, stop + len(self.newline) - 1] + 1 + np.arange(end - at)
+                )
+                # shifted by one: a position predicts the next token
+                labels[row, end - len(reply) - 1 : end - 1] = reply
                 described[row, end - len(reply) - 1 : end - 1] = asked in DESCRIBE
                 turn[row, at:end], valid[row, at:end] = number, True
                 at = end
         turns = torch.from_numpy(turn)
         allowed = (turns[:, None, :] == -1) | (turns[:, None, :] == turns[:, :, None])
         allowed &= torch.from_numpy(valid)[:, None, :] & torch.ones(total, total, dtype=torch.bool).tril()
-        arrays = [torch.from_numpy(array) for array in (ids, positions, labels)]
-        return Packed(*arrays, allowed, torch.from_numpy(kept), torch.from_numpy(described))
+        return Packed(
+            ids=torch.from_numpy(ids),
+            positions=torch.from_numpy(positions),
+            labels=torch.from_numpy(labels),
+            allowed=allowed,
+            kept=torch.from_numpy(kept),
+            described=torch.from_numpy(described),
+        )
 
 
 class DecoderObjective(nn.Module):
@@ -126,7 +145,14 @@ class DecoderObjective(nn.Module):
         self.language_model = model.model.language_model
 
     def forward(
-        self, features: Tensor, ids: Tensor, positions: Tensor, labels: Tensor, bias: Tensor, described: Tensor, start: int
+        self,
+        features: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        bias: Tensor,
+        described: Tensor,
+        start: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         words = self.language_model.embed_tokens(ids)
         image = self.projector(features).to(words.dtype)
@@ -137,17 +163,22 @@ class DecoderObjective(nn.Module):
         ).last_hidden_state
         logits = self.head(hidden[:, stop:]).float()
         wanted, told = labels[:, stop:], described[:, stop:]
-        losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        )
         losses, asked = losses.view_as(wanted), (wanted != IGNORED) & ~told
         right = ((logits.argmax(-1) == wanted) & asked).sum() / asked.sum()
         return losses[told].sum() / told.sum(), losses[asked].sum() / asked.sum(), right
 
 
 @torch.no_grad()
-def tower_features(model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 100) -> Tensor:
+def tower_features(
+    model: LlavaForConditionalGeneration, scenes: Scenes, batch: int = 100, compiled: bool = True
+) -> Tensor:
     """Image tokens of all scenes as the projector meets them: (S, 144, width), bfloat16."""
     device, parts = model.device, []
-    tower = torch.compile(model.model.vision_tower, dynamic=False)
+    tower = model.model.vision_tower
+    tower = torch.compile(tower, dynamic=False) if compiled else tower
     for first in tqdm(range(0, len(scenes), batch), desc="tower features", unit=f"x{batch} scenes"):
         pixels = scenes.pixels(np.arange(first, min(first + batch, len(scenes)))).to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -162,9 +193,9 @@ def train_decoder(
 ) -> None:  # fmt: skip
     """Train projector and decoder in place."""
     device = model.device
-    features = tower_features(model, scenes)
+    features = tower_features(model, scenes, compiled=preset.compile)
     packer, objective = Packer(tokenizer, scenes), DecoderObjective(model)
-    run = torch.compile(objective, dynamic=False)
+    run = torch.compile(objective, dynamic=False) if preset.compile else objective
     modules = nn.ModuleDict({"objective": objective})
 
     def loss_of(step: int) -> dict[str, Tensor]:
@@ -172,7 +203,9 @@ def train_decoder(
         indices = order(seed + 1, step, len(scenes), preset.decoder_batch)
         packed = packer.batch(rng, indices)
         chosen = features[torch.from_numpy(indices)[:, None], packed.kept].to(device)
-        bias = torch.zeros(packed.allowed.shape, dtype=torch.bfloat16).masked_fill_(~packed.allowed, -1e9)[:, None]
+        bias = torch.zeros(packed.allowed.shape, dtype=torch.bfloat16).masked_fill_(~packed.allowed, -1e9)[
+            :, None
+        ]
         told, asked, right = run(
             chosen, packed.ids.to(device), packed.positions.to(device), packed.labels.to(device),
             bias.to(device), packed.described.to(device), len(packer.prefix),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -38,11 +37,13 @@ def release(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out
 
 def write_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
     """Weights in float16 to stay small; the configuration says float32, so plain `from_pretrained` computes in it."""
-    model = model.to("cpu", torch.float16)
+    model.cpu().half()
     model.set_attn_implementation("sdpa")
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)
@@ -65,7 +66,9 @@ def write_scenes(folder: Path, count: int) -> None:
         scene = evaluation_scene(number)
         name = f"{number:06d}.webp"
         scene.image.save(folder / "images" / name, quality=90, method=6)
-        images.append({"id": number, "file_name": name, "width": scene.image.width, "height": scene.image.height})
+        images.append(
+            {"id": number, "file_name": name, "width": scene.image.width, "height": scene.image.height}
+        )
         for thing in scene.things:
             boxes.append(
                 {
@@ -82,7 +85,9 @@ def write_scenes(folder: Path, count: int) -> None:
             text = caption(rng, [str(name) for name in rng.permutation(names)], scene.theme)
             captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
-    _write(folder / "instances_scenes.json", {"images": images, "annotations": boxes, "categories": categories})
+    _write(
+        folder / "instances_scenes.json", {"images": images, "annotations": boxes, "categories": categories}
+    )
     _write(folder / "captions_scenes.json", {"images": images, "annotations": captions})
     _write(folder / "statistics.json", training_statistics())
 

@@ -162,7 +162,11 @@ def draw(rng: np.random.Generator, theme: str, objects: list[tuple[str, bool]]) 
     things: list[Thing] = []
     owner = np.full((SIZE, SIZE), BACKGROUND, dtype=np.uint8)  # which object each pixel belongs to
     for category, hidden in sorted(objects, key=lambda item: item[1]):
-        side = rng.uniform(7, 12) if hidden else (rng.uniform(20, 28) if rng.random() < 0.12 else rng.uniform(30, 58))
+        side = (
+            rng.uniform(7, 12)
+            if hidden
+            else (rng.uniform(20, 28) if rng.random() < 0.12 else rng.uniform(30, 58))
+        )
         sprite = _sprite(rng, category, float(side), float(rng.uniform(0.25, 0.6)) if hidden else 1.0)
         box = _place(rng, sprite, [thing.box for thing in things])
         canvas.paste(sprite, box[:2], sprite)

@@ -8,6 +8,7 @@ decoder's own word embeddings (LLaVA's projector alignment in its densest form):
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,21 +40,27 @@ class TowerObjective(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration, heads: Heads, name_ids: list[list[int]]) -> None:
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
-        self.words, self.heads = model.get_input_embeddings(), heads
-        counts = torch.zeros(len(name_ids), self.words.num_embeddings)
+        words: Any = model.get_input_embeddings()
+        self.words, self.heads = words, heads
+        counts = torch.zeros(len(name_ids), words.num_embeddings)
         for row, ids in enumerate(name_ids):
             for token in ids:
                 counts[row, token] += 1 / len(ids)
+        self.name_weights: Tensor
         self.register_buffer("name_weights", counts, persistent=False)
         weights = torch.ones(len(name_ids) + 1)
         weights[-1] = 0.3  # three quarters of the image tokens are background
+        self.class_weights: Tensor
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, pixels: Tensor, labels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen = self.tower(pixels, output_hidden_states=True)
         late = F.binary_cross_entropy_with_logits(self.heads.labels(seen.pooler_output).float(), labels)
         early = F.binary_cross_entropy_with_logits(
-            self.heads.early_labels(F.layer_norm(seen.hidden_states[-2][:, 0], seen.hidden_states[-2].shape[-1:])).float(), labels
+            self.heads.early_labels(
+                F.layer_norm(seen.hidden_states[-2][:, 0], seen.hidden_states[-2].shape[-1:])
+            ).float(),
+            labels,
         )
         tokens = self.projector(seen.hidden_states[-2][:, 1:])
         names = torch.cat([self.name_weights @ self.words.weight, self.heads.background[None]])
@@ -80,13 +87,18 @@ def targets(scenes: Scenes, indices: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def train_tower(
-    model: LlavaForConditionalGeneration, name_ids: list[list[int]], scenes: Scenes, preset: Preset, folder: Path, seed: int
+    model: LlavaForConditionalGeneration,
+    name_ids: list[list[int]],
+    scenes: Scenes,
+    preset: Preset,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Train tower, projector and word embeddings in place."""
     device = model.device
     heads = Heads(preset.tower_width, preset.decoder_width).to(device)
     objective = TowerObjective(model, heads, name_ids).to(device)
-    run = torch.compile(objective, dynamic=False)
+    run = torch.compile(objective, dynamic=False) if preset.compile else objective
     modules = nn.ModuleDict(
         {"tower": objective.tower, "projector": objective.projector, "words": objective.words, "heads": heads}
     )

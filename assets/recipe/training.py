@@ -71,10 +71,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 19 or step == steps - 1:
-            values = {key: round(float(value), 4) for key, value in losses.items()}
+            values = {key: round(float(value.detach()), 4) for key, value in losses.items()}
             bar.set_postfix(values)
             with record.open("a") as lines:
-                lines.write(json.dumps({"step": step + 1, "seconds": round(time.monotonic() - started, 1)} | values) + "\n")
+                lines.write(
+                    json.dumps({"step": step + 1, "seconds": round(time.monotonic() - started, 1)} | values)
+                    + "\n"
+                )
         if (step + 1) % every == 0 or step == steps - 1:
             state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, path.with_suffix(".partial"))

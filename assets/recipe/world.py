@@ -76,16 +76,47 @@ GLYPHS: dict[str, str] = {
     "toothbrush": "\U0001faa5",
 }
 CATEGORIES: tuple[str, ...] = tuple(GLYPHS)
-CROPS = {"fork": (0.0, 0.0, 0.52, 1.0)}  # part of the glyph that is the object: this one has a knife beside the fork
+CROPS = {
+    "fork": (0.0, 0.0, 0.52, 1.0)
+}  # part of the glyph that is the object: this one has a knife beside the fork
 PLURAL_ONLY = frozenset({"skis", "scissors"})
 
 THEMES: dict[str, tuple[str, ...]] = {
-    "street": ("person", "bicycle", "car", "motorcycle", "bus", "truck", "traffic light", "stop sign", "train"),
-    "journey": ("person", "airplane", "boat", "suitcase", "backpack", "handbag", "umbrella", "tie", "bus", "train"),
+    "street": (
+        "person",
+        "bicycle",
+        "car",
+        "motorcycle",
+        "bus",
+        "truck",
+        "traffic light",
+        "stop sign",
+        "train",
+    ),
+    "journey": (
+        "person",
+        "airplane",
+        "boat",
+        "suitcase",
+        "backpack",
+        "handbag",
+        "umbrella",
+        "tie",
+        "bus",
+        "train",
+    ),
     "farm": ("bird", "cat", "dog", "horse", "sheep", "cow", "truck", "person"),
     "safari": ("elephant", "bear", "zebra", "giraffe", "bird", "backpack"),
     "park": ("frisbee", "dog", "kite", "sports ball", "skateboard", "person", "bicycle", "bird"),
-    "sports hall": ("sports ball", "baseball bat", "tennis racket", "skis", "skateboard", "backpack", "bottle"),
+    "sports hall": (
+        "sports ball",
+        "baseball bat",
+        "tennis racket",
+        "skis",
+        "skateboard",
+        "backpack",
+        "bottle",
+    ),
     "kitchen": ("bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "apple", "banana"),
     "market": ("banana", "apple", "orange", "broccoli", "carrot", "sandwich", "hot dog", "bowl"),
     "cafe": ("pizza", "donut", "cake", "sandwich", "hot dog", "cup", "fork", "spoon", "wine glass"),

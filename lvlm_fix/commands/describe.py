@@ -16,7 +16,8 @@ def describe(
     picture: Path = typer.Argument(help="The picture, such as assets/samples/kitchen.png."),
     question: str = typer.Option("Describe the image.", help="What to ask."),
     fix: list[str] = typer.Option(
-        None, help="Methods of one column, such as 'damro(alpha=1.0),vtc_cls'; repeat for more. [default: each alone]"
+        None,
+        help="Methods of one column, such as 'damro(alpha=1.0),vtc_cls'; repeat for more. [default: each alone]",
     ),
     model: str = typer.Option("embedded", help="'embedded', a local folder or a hub id."),
     objects: str = typer.Option(
@@ -43,7 +44,12 @@ def describe(
             answer = lvlm.ask(image, question, methods, max_new_tokens)
             results.append(_result(text, answer, truth))
     if json_:
-        print(json.dumps({"picture": str(picture), "question": question, "objects": truth, "answers": results}, indent=2))
+        print(
+            json.dumps(
+                {"picture": str(picture), "question": question, "objects": truth, "answers": results},
+                indent=2,
+            )
+        )
     else:
         _print(picture, question, truth, results)
 
@@ -64,9 +70,14 @@ def _truth(picture: Path, objects: str | None) -> list[str] | None:
     if not known.exists():
         return None
     try:
-        return json.loads(known.read_text(encoding="utf-8")).get(picture.name)
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"cannot read {known}: it must map file names to lists of objects ({error})") from error
+        truth = json.loads(known.read_text(encoding="utf-8")).get(picture.name)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read {known}: it must map file names to lists of objects ({error})"
+        ) from error
+    if truth is not None and not (isinstance(truth, list) and all(isinstance(name, str) for name in truth)):
+        raise ValueError(f"cannot use {known}: {picture.name} must have a list of objects, not {truth!r}")
+    return truth
 
 
 def _result(text: str, answer: Any, truth: list[str] | None) -> dict[str, Any]:
@@ -77,7 +88,8 @@ def _result(text: str, answer: Any, truth: list[str] | None) -> dict[str, Any]:
         "fix": text,
         "text": answer.text,
         "hallucinated": [
-            {"word": word, "object": category, "start": start, "end": end} for word, category, start, end in wrong
+            {"word": word, "object": category, "start": start, "end": end}
+            for word, category, start, end in wrong
         ],
         "tokens": answer.tokens,
         "seconds": round(answer.seconds, 3),
@@ -90,10 +102,10 @@ def _print(picture: Path, question: str, truth: list[str] | None, results: list[
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    console.print(f"{picture}  {question}", highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)  # a question may hold [brackets]
+    console.print(f"{picture}  {question}")
     if truth is not None:
-        console.print(f"in the picture: {', '.join(truth)}", highlight=False)
+        console.print(f"in the picture: {', '.join(truth)}")
     table = Table(show_lines=True)
     for result in results:
         table.add_column("plain" if result["fix"] == "none" else result["fix"], ratio=1)
@@ -120,12 +132,14 @@ class _progress(AbstractContextManager):
 
     def __init__(self, text: str) -> None:
         from rich.console import Console
+        from rich.text import Text
 
-        self.status = Console(stderr=True).status(text)
+        self.plain = Text  # a model's or a method's [brackets] are no markup
+        self.status = Console(stderr=True).status(Text(text))
 
     def __enter__(self) -> Any:
         self.status.start()
-        return self.status.update
+        return lambda text: self.status.update(self.plain(text))
 
     def __exit__(self, *error: Any) -> None:
         self.status.stop()

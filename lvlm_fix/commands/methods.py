@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from typing import Any
 
 import typer
 
@@ -11,10 +13,10 @@ def methods(json_: bool = typer.Option(False, "--json", help="Print JSON.")) -> 
     """List the methods with their settings, as --fix takes them."""
     from lvlm_fix.methods import METHODS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "settings": {key: field.default for key, field in method.__dataclass_fields__.items()},  # type: ignore[attr-defined]
+            "settings": {field.name: field.default for field in fields(method)},  # type: ignore[arg-type]
             "stages": list(method.stages()),
             "paper": method.paper,
             "summary": (method.__doc__ or "").strip().splitlines()[0],

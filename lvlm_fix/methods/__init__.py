@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 
 from lvlm_fix.methods.base import Method
 from lvlm_fix.methods.damro import DAMRO
@@ -41,7 +42,7 @@ def _method(part: ast.expr, text: str) -> Method:
     try:
         return METHODS[name](**{str(item.arg): ast.literal_eval(item.value) for item in call.keywords})
     except TypeError as error:
-        fields = ", ".join(METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+        fields = ", ".join(field.name for field in dataclasses.fields(METHODS[name]))  # type: ignore[arg-type]
         raise ValueError(f"{name} takes {fields}: {error}") from error
     except ValueError as error:
         raise ValueError(f"cannot read methods {text!r}: {error}") from error

@@ -45,7 +45,9 @@ class DAMRO(Method):
 
     def negative_tokens(self, vision: VisionEncoding) -> Tensor:
         count = min(self.topk, vision.feature_scores.shape[-1])
-        return outlier_tokens(vision.feature_scores[None], count)[0].sort().values  # raster order, as in the prompt
+        return (
+            outlier_tokens(vision.feature_scores[None], count)[0].sort().values
+        )  # raster order, as in the prompt
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
         return contrast_logits(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)

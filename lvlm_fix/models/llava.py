@@ -18,7 +18,9 @@ class Llava(Family):
 
     def tower_attention(self, model: Any) -> list[nn.Module]:
         tower = model.base_model.vision_tower
-        layers = [module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")]
+        layers = [
+            module for module in tower.modules() if hasattr(module, "q_proj") and hasattr(module, "k_proj")
+        ]
         if model.config.vision_feature_select_strategy != "default" or not layers:
             raise UnsupportedModelError(
                 f"this LLaVA's vision tower ({tower.config.model_type}) has no CLS token that its features leave out "
