@@ -54,6 +54,10 @@ class Pipeline:
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if args:
             raise TypeError("under attach, call the model with keyword arguments: model(**inputs)")
+        if kwargs.get("return_dict") is False or kwargs.get("labels") is not None:
+            raise PromptError(
+                "under attach, the model generates: call it without labels and return_dict=False"
+            )
         cache = kwargs.get("past_key_values")
         if isinstance(cache, BranchedCache):
             return self._step(input_ids, cache, kwargs)

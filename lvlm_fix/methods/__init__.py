@@ -25,11 +25,14 @@ def parse(text: str) -> list[Method]:
     """
     if text.strip().lower() in ("", "none", "plain"):
         return []
+    unreadable = f"cannot read methods {text!r}: write them as damro(alpha=0.5),vtc_cls"
     try:
-        parts = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+        listed = ast.parse(f"[{text}]", mode="eval").body
     except SyntaxError as error:
-        raise ValueError(f"cannot read methods {text!r}: write them as damro(alpha=0.5),vtc_cls") from error
-    return [_method(part, text) for part in parts]
+        raise ValueError(unreadable) from error
+    if not isinstance(listed, ast.List):
+        raise ValueError(unreadable)
+    return [_method(part, text) for part in listed.elts]
 
 
 def _method(part: ast.expr, text: str) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,14 +41,14 @@ class DAMRO(Method):
     }
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or not 0 <= self.beta <= 1 or self.topk < 1:
-            raise ValueError(f"{self}: alpha must be at least 0, beta in 0..1 and topk at least 1")
+        whole = self.topk >= 1 and self.topk % 1 == 0
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 1 and whole):
+            raise ValueError(f"{self}: alpha must be at least 0, beta in 0..1 and topk a whole number from 1")
 
     def negative_tokens(self, vision: VisionEncoding) -> Tensor:
         count = min(self.topk, vision.feature_scores.shape[-1])
-        return (
-            outlier_tokens(vision.feature_scores[None], count)[0].sort().values
-        )  # raster order, as in the prompt
+        outliers = outlier_tokens(vision.feature_scores[None], count)[0]
+        return outliers.sort().values  # in raster order, as in the prompt
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
         return contrast_logits(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)

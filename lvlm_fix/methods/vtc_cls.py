@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class VTCCLS(Method):
     paper: ClassVar[str] = "arXiv 2412.05819"
 
     def __post_init__(self) -> None:
-        if not self.keep > 0:
+        if not 0 < self.keep < math.inf:
             raise ValueError(f"{self}: keep must be a positive number of tokens, or a fraction below 1")
 
     def select(self, vision: VisionEncoding) -> Tensor:

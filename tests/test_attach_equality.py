@@ -1,0 +1,344 @@
+"""The plug-in against the same computation done slowly and plainly, and against itself in other shapes.
+
+The slow way has no hooks, no cache, no batch and no padding: the tower runs in eager attention with all weights
+kept, tokens are chosen in Python loops, and every step runs the whole prompt again, once for each branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from threading import Thread
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+from lvlm_fix import DAMRO, VTCCLS, attach, load
+
+pytestmark = pytest.mark.filterwarnings("ignore:damro with vtc_cls")
+
+PRUNE, CONTRAST = VTCCLS(keep=40, start_layer=0), DAMRO(alpha=1.0, beta=0.01, topk=7)
+FIXES = {"vtc_cls": (PRUNE,), "damro": (CONTRAST,), "both": (PRUNE, CONTRAST)}
+TOLERANCE = 1e-4
+SHORT, LONG = "What is in the image?", "Is there a fork in the image? Is there a traffic light in the image?"
+
+
+@pytest.fixture(params=FIXES, ids=lambda name: name.replace("_", "-"))
+def fix(request):
+    return FIXES[request.param]
+
+
+@pytest.fixture(scope="session")
+def batches(sample_pictures):
+    kitchen, office, street = (sample_pictures[name] for name in ("kitchen", "office", "street"))
+    return {
+        "one picture": [([kitchen], SHORT)],
+        "two pictures": [([street, kitchen], "Describe the images.")],
+        "rows of different length": [([office], SHORT), ([kitchen, street], LONG), ([street], LONG)],
+        "a row with no picture": [
+            ([kitchen], SHORT),
+            ([], "Is there a dog? Is there a cat? Is there a cup?"),
+        ],
+    }
+
+
+class SlowModel:
+    """The papers' computation for one prompt, written to be read."""
+
+    def __init__(self, model) -> None:
+        self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("eager")
+
+    def see(self, pixels):
+        """Image tokens (N, C), per-head mean CLS rows of all layers (L, N), DAMRO's full-width row (N,)."""
+        tower = self.model.model.vision_tower
+        seen = tower(pixels[None], output_attentions=True, output_hidden_states=True)
+        tokens = self.model.model.multi_modal_projector(seen.hidden_states[-2][:, 1:])[0]
+        layers = [weights[0, :, 0, 1:].mean(0).tolist() for weights in seen.attentions]
+        index = len(seen.attentions) - 2  # its output is hidden_states[-2], which the projector takes
+        layer = [module for module in tower.modules() if type(module).__name__ == "CLIPEncoderLayer"][index]
+        x = layer.layer_norm1(seen.hidden_states[index])[0]
+        query, key = layer.self_attn.q_proj(x), layer.self_attn.k_proj(x)
+        row = ((query[0] * key).sum(-1) / query.shape[-1] ** 0.5).softmax(0)
+        return tokens, layers, row[1:].tolist()
+
+    @staticmethod
+    def best(scores, count):
+        return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+    def chosen(self, pixels, prune, contrast):
+        """Tokens of one image for the positive and for the negative branch."""
+        tokens, layers, row = self.see(pixels)
+        kept = range(len(row))
+        if prune is not None:
+            total = [sum(layer[i] for layer in layers[prune.start_layer : -1]) for i in range(len(row))]
+            kept = self.best(total, prune.keep)
+        outliers = self.best(row, contrast.topk) if contrast is not None else []
+        return [tokens[i] for i in kept], [tokens[i] for i in outliers]
+
+    def next_logits(self, ids, images):
+        """Logits after the words `ids`; each run of image placeholders stands for the tokens of one image."""
+        placeholder, rows, images = self.model.config.image_token_id, [], list(images)
+        words = self.model.get_input_embeddings()
+        for place, word in enumerate(ids):
+            if word != placeholder:
+                rows.append(words.weight[word])
+            elif sum(other == placeholder for other in ids[:place]) % 144 == 0:
+                rows.extend(images.pop(0))
+        assert not images
+        states = self.model.model.language_model(inputs_embeds=torch.stack(rows)[None], use_cache=False)
+        return self.model.lm_head(states.last_hidden_state)[0, -1]
+
+    def logits(self, ids, pixels, prune=None, contrast=None):
+        branches = [self.chosen(one, prune, contrast) for one in pixels]
+        positive = self.next_logits(ids, [kept for kept, _ in branches])
+        if contrast is None:
+            return positive
+        negative = self.next_logits(ids, [outliers for _, outliers in branches])
+        contrasted = (1 + contrast.alpha) * positive - contrast.alpha * negative
+        chances = positive.softmax(-1)
+        for word in range(len(contrasted)):
+            if chances[word] < contrast.beta * chances.max():
+                contrasted[word] = -torch.inf
+        return contrasted
+
+
+def stages(fix):
+    prune = next((method for method in fix if isinstance(method, VTCCLS)), None)
+    return prune, next((method for method in fix if isinstance(method, DAMRO)), None)
+
+
+def run(model, fix, inputs, **options):
+    with attach(model, *fix) if fix else contextlib.nullcontext():
+        return model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False} | options)
+
+
+def texts(processor, inputs, output):
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def largest_difference(logits, expected):
+    """Largest absolute difference; tokens cut to -inf must be the same."""
+    assert torch.equal(logits.isinf(), expected.isinf())
+    kept = ~expected.isinf()
+    return (logits[kept] - expected[kept]).abs().max().item()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", ["one picture", "two pictures", "rows of different length"])
+def test_logits_equal_the_slow_way_at_every_step(llava, fix, batch, batches, ask, record_property):
+    model, processor = llava
+    inputs = ask(processor, *batches[batch])
+    output = run(
+        model,
+        fix,
+        inputs,
+        max_new_tokens=5,
+        output_logits=True,
+        return_dict_in_generate=True,
+        min_new_tokens=5,
+    )
+    slow, worst, prompt = SlowModel(model), 0.0, inputs["input_ids"].shape[1]
+    pixels = iter(inputs["pixel_values"])
+    for row, (pictures, _) in enumerate(batches[batch]):
+        own = [next(pixels) for _ in pictures]
+        start = int(inputs["attention_mask"][row].argmax())
+        assert len(output.logits) == 5
+        for step, logits in enumerate(output.logits):
+            ids = output.sequences[row, start : prompt + step].tolist()
+            expected = slow.logits(ids, own, *stages(fix))
+            worst = max(worst, largest_difference(logits[row], expected))
+    record_property("largest difference", worst)
+    print(f"largest difference {worst:.2e}")
+    assert worst < TOLERANCE
+
+
+@torch.inference_mode()
+def test_methods_change_the_logits_by_far_more_than_the_tolerance(llava, fix, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches["one picture"])
+    plain = model(**inputs).logits[0, -1]
+    with attach(model, *fix):
+        fixed = model(**inputs).logits[0, -1]
+    assert (fixed - plain)[fixed.isfinite()].abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("batch", ["rows of different length", "a row with no picture"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "several returned"],
+)
+def test_a_padded_batch_says_what_its_rows_say_alone(embedded, fix, batch, options, batches, ask):
+    model, processor = embedded
+    inputs = ask(processor, *batches[batch])
+    together = texts(processor, inputs, run(model, fix, inputs, **options))
+    alone = []
+    for row in batches[batch]:
+        inputs = ask(processor, row)
+        alone += texts(processor, inputs, run(model, fix, inputs, **options))
+    assert together == alone
+    assert all(together)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generating_without_a_cache_says_the_same(llava, fix, options, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches["rows of different length"])
+    options = options | {"max_new_tokens": 6}
+    cached = run(model, fix, inputs, **options)
+    assert torch.equal(cached, run(model, fix, inputs, use_cache=False, **options))
+
+
+def test_beams_differ_from_greedy_somewhere(random_llava, batches, ask):
+    """Else the beam tests would show nothing."""
+    model, processor = random_llava
+    inputs = ask(processor, *batches["rows of different length"])
+    assert not torch.equal(run(model, (), inputs), run(model, (), inputs, num_beams=3))
+
+
+def test_sampling_follows_the_seed(random_llava, fix, batches, ask):
+    model, processor = random_llava
+    inputs = ask(processor, *batches["rows of different length"])
+
+    def sample(seed, **options):
+        torch.manual_seed(seed)
+        return run(model, fix, inputs, do_sample=True, temperature=5.0, **options)
+
+    assert torch.equal(sample(1), sample(1))
+    assert any(not torch.equal(sample(1), sample(seed)) for seed in (2, 3, 4))
+    assert torch.equal(sample(1, top_k=1), run(model, fix, inputs))
+
+
+def test_a_streamer_gets_the_text(embedded, fix, batches, ask):
+    model, processor = embedded
+    inputs = ask(processor, *batches["two pictures"])
+    streamer = TextIteratorStreamer(
+        processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60
+    )
+    with attach(model, *fix):
+        options = {"max_new_tokens": 12, "do_sample": False, "streamer": streamer}
+        thread = Thread(target=model.generate, kwargs=dict(inputs) | options)
+        thread.start()
+        streamed = "".join(streamer)
+        thread.join()
+    assert [streamed] == texts(processor, inputs, run(model, fix, inputs))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 3}], ids=["greedy", "beams"]
+)
+def test_returned_ids_begin_with_the_prompt_as_passed(llava, fix, options, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches["rows of different length"])
+    output = run(model, fix, inputs, return_dict_in_generate=True, **options)
+    copies = options.get("num_return_sequences", 1)
+    prompt = inputs["input_ids"].repeat_interleave(copies, dim=0)
+    assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
+    assert 1 <= output.sequences.shape[1] - prompt.shape[1] <= 12
+    assert torch.equal(output.sequences, run(model, fix, inputs, **options))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", ["two pictures", "rows of different length"])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        (VTCCLS(keep=144, start_layer=0),),
+        (DAMRO(alpha=0, beta=0),),
+        (VTCCLS(keep=1000, start_layer=0), DAMRO(alpha=0, beta=0, topk=3)),
+    ],
+    ids=["all tokens kept", "no contrast", "both"],
+)
+def test_methods_set_to_nothing_are_the_plain_model(llava, nothing, batch, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches[batch])
+    options = {"output_logits": True, "return_dict_in_generate": True}
+    plain, fixed = run(model, (), inputs, **options), run(model, nothing, inputs, **options)
+    assert torch.equal(fixed.sequences, plain.sequences)
+    exact = not any(isinstance(method, DAMRO) for method in nothing)  # a batch of branches rounds differently
+    for ours, theirs in zip(fixed.logits, plain.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else TOLERANCE)
+
+
+@torch.inference_mode()
+def test_the_order_of_methods_does_not_matter(llava, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches["rows of different length"])
+    options = {"output_logits": True, "return_dict_in_generate": True}
+    one = run(model, (PRUNE, CONTRAST), inputs, **options)
+    other = run(model, (CONTRAST, PRUNE), inputs, **options)
+    assert torch.equal(one.sequences, other.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+@torch.inference_mode()
+def test_a_prompt_without_pictures_is_the_plain_model(llava, fix, ask):
+    model, processor = llava
+    inputs = ask(processor, ([], SHORT), ([], LONG))
+    options = {"output_logits": True, "return_dict_in_generate": True}
+    plain, fixed = run(model, (), inputs, **options), run(model, fix, inputs, **options)
+    assert torch.equal(fixed.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(fixed.logits, plain.logits, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", ["one picture", "two pictures", "rows of different length"])
+@pytest.mark.parametrize("only_new_ids", [False, True], ids=["whole conversation", "new words only"])
+def test_a_conversation_goes_on_from_the_cache(llava, fix, batch, only_new_ids, batches, ask):
+    model, processor = llava
+    inputs = ask(processor, *batches[batch])
+    question = processor.tokenizer(" USER: Is there a cup? ASSISTANT:", add_special_tokens=False).input_ids
+    options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    with attach(model, *fix):
+        first = model.generate(**inputs, max_new_tokens=6, **options)
+        answered = first.sequences[:, inputs["input_ids"].shape[1] :]
+        whole = torch.cat([first.sequences, torch.tensor([question]).expand(len(answered), -1)], dim=1)
+        # a row that ended early holds padding in the middle
+        real = torch.cat([inputs["attention_mask"], (answered != 0).long()], dim=1)
+        mask = torch.cat([real, torch.ones(len(real), len(question), dtype=torch.long)], dim=1)
+        again = model.generate(
+            input_ids=whole,
+            attention_mask=mask,
+            pixel_values=inputs["pixel_values"],
+            max_new_tokens=5,
+            **options,
+        )
+        new = whole[:, -len(question) - 1 :] if only_new_ids else whole
+        onwards = model.generate(
+            input_ids=new,
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
+            max_new_tokens=5,
+            **options,
+        )
+    assert torch.equal(onwards.sequences[:, new.shape[1] :], again.sequences[:, whole.shape[1] :])
+    worst = max(largest_difference(a, b) for a, b in zip(onwards.logits, again.logits, strict=True))
+    assert worst < TOLERANCE
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_mostly_says_the_same(embedded, fix, dtype, sample_pictures, ask):
+    model, processor = embedded
+    half, _ = load(dtype=dtype)
+    rows = [([picture], "Describe the image.") for picture in sample_pictures.values()]
+    inputs = ask(processor, *rows)
+    exact = run(model, fix, inputs, max_new_tokens=10)
+    rounded = run(half, fix, inputs.to(dtype), max_new_tokens=10)
+    start = inputs["input_ids"].shape[1]
+    width = min(exact.shape[1], rounded.shape[1])
+    same = (exact[:, start:width] == rounded[:, start:width]).float().mean().item()
+    print(f"same tokens {same:.3f}")
+    assert same > 0.8
+
+
+@torch.inference_mode()
+def test_half_precision_runs_with_beams_and_padding(random_llava, fix, batches, ask):
+    model, processor = random_llava
+    inputs = ask(processor, *batches["rows of different length"])
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        output = run(half, fix, inputs.to(dtype), num_beams=2)
+        assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
