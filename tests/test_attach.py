@@ -350,8 +350,8 @@ def test_calls_that_hide_the_prompt_are_refused(random_llava, question):
 
 
 @pytest.mark.parametrize("extra", [{"return_dict": False}, {"labels": torch.zeros(1, 1, dtype=torch.long)}])
-def test_training_and_tuple_calls_are_refused_in_words(embedded, extra):
+def test_training_and_tuple_calls_are_refused_in_words(embedded, sample_pictures, ask, extra):
     model, processor = embedded
-    inputs = processor(images=noise_picture(1), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt")
+    inputs = ask(processor, ([sample_pictures["kitchen"]], "Describe the image."))
     with attach(model, VTCCLS()), pytest.raises(PromptError, match="without labels and return_dict=False"):
         model(**inputs, **extra)
