@@ -157,6 +157,8 @@ def test_build_writes_questions_that_score_reads(tmp_path: Path) -> None:
     result = invoke(build_app, *command, "--split", "adversarial", "--seed", 3)
     assert result.exit_code == 0
     assert result.stdout == f"{out}: 8 questions about 4 images\n"
+    told = json.loads(invoke(build_app, *command, "--split", "adversarial", "--seed", 3, "--json").stdout)
+    assert told == {"out": str(out), "split": "adversarial", "questions": 8, "images": 4}
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     answers = tmp_path / "answers.jsonl"
     answers.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ def pope(
             help="Take frequency and co-occurrence from this file: COCO instances, or counts in JSON."
         ),
     ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """POPE questions: half about objects in the image, half about objects that are not."""
     from lvlm_fix.evals.build_pope import build_pope
@@ -46,4 +48,7 @@ def pope(
     rows = build_pope(annotations, split.value, seed, images, per_image, statistics)
     write_lines(out, rows)
     asked = len({row["image"] for row in rows})
-    typer.echo(f"{out}: {len(rows):,} questions about {asked:,} images")
+    if json_:
+        print(json.dumps({"out": str(out), "split": split.value, "questions": len(rows), "images": asked}))
+    else:
+        print(f"{out}: {len(rows):,} questions about {asked:,} images")
