@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -35,7 +36,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """Items, and how their answers become counts and metrics. A benchmark is a subclass.
 
     Attributes:
@@ -74,21 +75,21 @@ class Task:
         """What else changes the numbers, for the manifest."""
         return {}
 
+    @abstractmethod
     def judge(self, item: Item, answer: str) -> dict[str, Any]:
         """What a results line says of an answer besides the answer."""
-        raise NotImplementedError
 
     def right(self, row: Mapping[str, Any]) -> bool:
-        """Whether the answer of a results line is right, for McNemar's test."""
-        raise NotImplementedError
+        """Whether the answer of a results line is right, for McNemar's test; only of tasks with an accuracy."""
+        raise TypeError(f"{self.name} has no right and wrong answers")
 
+    @abstractmethod
     def counts(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
         """Columns to be summed over images, of the results lines of one image, split and seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, counts: Array) -> dict[str, Array]:
         """Metrics (...) of summed counts (..., columns)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
