@@ -80,9 +80,18 @@ class Pipeline:
         """Features and CLS scores of each image, in reading order."""
         given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if given is None:
-            names = [name for name in ("pixel_values", "image_sizes") if kwargs.get(name) is not None]
-            given = self.get_image_features(**{name: kwargs[name] for name in names})
-        features = self.family.features(given)
+            pixels = kwargs["pixel_values"]
+            # Older transformers repeat the pictures themselves for beams: each is encoded once.
+            new = torch.ones(len(pixels), dtype=torch.bool)
+            new[1:] = (pixels[1:] != pixels[:-1]).flatten(1).any(1).cpu()
+            sizes = kwargs.get("image_sizes")
+            extra = {} if sizes is None else {"image_sizes": sizes[new.to(sizes.device)]}
+            unique = self.family.features(
+                self.get_image_features(pixel_values=pixels[new.to(pixels.device)], **extra)
+            )
+            features = [unique[index] for index in (new.cumsum(0) - 1).tolist()]
+        else:
+            features = self.family.features(given)
         if any(id(feature) not in self.encoded for feature in features):
             raise PromptError(
                 "the image features were not made under this attach, or were cut in chunks, so their CLS scores are "
