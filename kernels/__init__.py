@@ -1,1 +1,12 @@
-"""Fused Triton kernels. None yet: the methods run on the torch functions of `lvlm_fix.functional`."""
+"""Fast forms of the methods' operations, each held to its slow oracle in `lvlm_fix.functional`.
+
+Every operation is one file with one front: it checks its inputs, runs the fastest implementation there is for
+them, and notes which one that was (`last_used`). No gradient flows through any of them.
+"""
+
+from lvlm_fix.kernels.dispatch import last_used
+from lvlm_fix.kernels.probe_scores import probe_scores
+from lvlm_fix.kernels.sparse_prefill import sparse_prefill
+from lvlm_fix.kernels.visual_attention import Redistribution, visual_attention
+
+__all__ = ["Redistribution", "last_used", "probe_scores", "sparse_prefill", "visual_attention"]

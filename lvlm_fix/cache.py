@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from lvlm_fix.packed_layer import PackedLayer
+
+
+@dataclass
+class Branch:
+    """A prefilled branch of R rows and T columns: its cache, and what later steps must know of its prompt.
+
+    Attributes:
+        cache: keys and values of its T columns.
+        real: (R, T) bool, columns that are no padding.
+        next_position: (R,) position of the token after the prompt.
+        image_mask: (R, T) bool, image tokens.
+        sinks: by decoder layer, (R, T) bool sink tokens; only layers that have some.
+    """
+
+    cache: Cache
+    real: Tensor
+    next_position: Tensor
+    image_mask: Tensor
+    sinks: dict[int, Tensor] = field(default_factory=dict)
 
 
 class BranchedCache(Cache):
@@ -17,27 +39,32 @@ class BranchedCache(Cache):
     `generate` meets an ordinary cache of `rows` rows: beams are reordered in all branches alike.
     """
 
-    def __init__(self, branches: list[Cache], masks: list[Tensor], full_length: int) -> None:
-        """Stack branches.
+    def __init__(self, branches: list[Branch], full_length: int) -> None:
+        """Stack branches of equal row count; shorter ones are padded on the left.
 
         Args:
-            branches: filled caches of equal row count; shorter ones are padded on the left.
-            masks: per branch, (rows, T_b) bool, which of its cached tokens are real.
+            branches: the positive branch first.
             full_length: columns of the prompt, padding included, before image tokens were chosen.
         """
-        super().__init__(layers=branches[0].layers)
-        self.branches, self.full_length = len(branches), full_length
-        width = max(mask.shape[1] for mask in masks)
-        self.mask = torch.cat([_pad_left(mask, width, dim=1) for mask in masks])
-        self.width = width
-        self.lengths = self.mask.sum(1)
+        width = max(branch.real.shape[1] for branch in branches)
+        layers = [list(branch.cache.layers) for branch in branches]
+        super().__init__(layers=[_stacked(list(parts), width) for parts in zip(*layers, strict=True)])
+        self.branches, self.full_length, self.width = len(branches), full_length, width
+        self.mask = torch.cat([_pad_left(branch.real, width, dim=1) for branch in branches])
+        self.image_mask = torch.cat([_pad_left(branch.image_mask, width, dim=1) for branch in branches])
+        self.next_position = torch.cat([branch.next_position for branch in branches])
         self.unpadded = bool(self.mask.all())
-        if self.branches > 1:
-            layers: list[list[Any]] = [list(branch.layers) for branch in branches]
-            for layer, parts in zip(layers[0], zip(*layers, strict=True), strict=True):
-                keys, values = [part.keys for part in parts], [part.values for part in parts]
-                layer.keys = torch.cat([_pad_left(key, width, dim=2) for key in keys])
-                layer.values = torch.cat([_pad_left(value, width, dim=2) for value in values])
+        found = sorted({layer for branch in branches for layer in branch.sinks})
+        none = [torch.zeros_like(branch.real) for branch in branches]
+        self.sinks = {
+            layer: torch.cat(
+                [
+                    _pad_left(branch.sinks.get(layer, nothing), width, dim=1)
+                    for branch, nothing in zip(branches, none, strict=True)
+                ]
+            )
+            for layer in found
+        }
 
     def generated(self) -> int:
         """Number of tokens cached after the prompt."""
@@ -47,13 +74,13 @@ class BranchedCache(Cache):
         """Ids, attention mask (None where nothing is padded) and positions of new tokens, for all branches."""
         ids, done = input_ids.repeat(self.branches, 1), self.generated()
         steps = torch.arange(done, done + input_ids.shape[1], device=ids.device)
-        positions = self.lengths[:, None] + steps
-        mask = None
-        if not self.unpadded:
-            mask = torch.cat(
-                [self.mask, self.mask.new_ones(len(ids), done + input_ids.shape[1])], dim=1
-            ).long()
-        return ids, mask, positions
+        positions = self.next_position[:, None] + steps
+        return ids, None if self.unpadded else self.real(input_ids.shape[1]).long(), positions
+
+    def real(self, new: int) -> Tensor:
+        """(rows of all branches, T) bool: cached columns and `new` further ones that are no padding."""
+        after = self.generated() + new
+        return torch.cat([self.mask, self.mask.new_ones(len(self.mask), after)], dim=1)
 
     def continue_inputs(self, input_ids: Tensor, since_prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for the next turn of a conversation, whose columns count as prompt from now on.
@@ -64,14 +91,18 @@ class BranchedCache(Cache):
                 hold padding in the middle.
         """
         since = since_prompt.bool().repeat(self.branches, 1)
+        steps = (since.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        positions = self.next_position[:, None] + steps
         self.mask = torch.cat([self.mask, since], dim=1)
         self.full_length += since.shape[1]
-        self.width, self.lengths, self.unpadded = self.mask.shape[1], self.mask.sum(1), bool(self.mask.all())
-        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        self.next_position = self.next_position + since.sum(1)
+        self.width, self.unpadded = self.mask.shape[1], bool(self.mask.all())
         return input_ids.repeat(self.branches, 1), self.mask.long(), positions
 
     def _select(self, rows: Tensor) -> None:
-        self.mask, self.lengths = self.mask[rows], self.lengths[rows]
+        self.mask, self.image_mask = self.mask[rows], self.image_mask[rows]
+        self.next_position = self.next_position[rows]
+        self.sinks = {layer: sinks[rows.to(sinks.device)] for layer, sinks in self.sinks.items()}
 
     def _all_branches(self, rows: Tensor) -> Tensor:
         count = len(self.mask) // self.branches
@@ -96,6 +127,18 @@ class BranchedCache(Cache):
             "assisted decoding drops cached tokens by their place in the unpruned prompt, which methods change: "
             "generate without assistant_model or prompt_lookup_num_tokens under attach"
         )
+
+
+def _stacked(parts: list[Any], width: int) -> Any:
+    """One layer of all branches."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], PackedLayer):
+        return PackedLayer.stack(parts)
+    layer = parts[0]
+    layer.keys = torch.cat([_pad_left(part.keys, width, dim=2) for part in parts])
+    layer.values = torch.cat([_pad_left(part.values, width, dim=2) for part in parts])
+    return layer
 
 
 def _pad_left(tensor: Tensor, width: int, dim: int) -> Tensor:

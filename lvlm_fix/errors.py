@@ -15,3 +15,7 @@ class PromptError(ValueError):
 
 class PictureError(ValueError):
     """A file or object is not a picture that can be read."""
+
+
+class PremiseWarning(UserWarning):
+    """What a method rests on is not true of the model or picture at hand."""

@@ -8,64 +8,94 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from lvlm_fix.cache import BranchedCache
+from lvlm_fix.attention import MethodAttention, Pass, first_query
+from lvlm_fix.cache import Branch, BranchedCache
+from lvlm_fix.encoding import Companion, Encoded, ImageEncoder
 from lvlm_fix.errors import PromptError
+from lvlm_fix.first_look import FirstLook
 from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
-from lvlm_fix.prompt import kept_columns, layout, pack
-from lvlm_fix.recorder import CLSRecorder
-from lvlm_fix.vision import VisionEncoding
+from lvlm_fix.prompt import Layout, kept_columns, layout, pack
+from lvlm_fix.reporting import Report
 
-IMAGE_INPUTS = ("pixel_values", "mm_encoder_outputs", "image_sizes")
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of R prompts of L columns with its images in place.
+
+    Attributes:
+        embeddings: (R, L, C).
+        is_image: (R, L) bool, image tokens.
+        where: which columns each image takes.
+        images: the images, in reading order.
+        positions: (P, R, L) positions that tokens keep when others are dropped; None to count anew.
+        rest: further arguments of the forward pass.
+    """
+
+    embeddings: Tensor
+    is_image: Tensor
+    where: Layout
+    images: list[Encoded]
+    positions: Tensor | None
+    rest: dict[str, Any]
 
 
 class Pipeline:
-    """Runs the stages of `methods` around `plain_forward`, the model's own forward pass."""
+    """Runs the stages of `methods` around `plain_forward`, the forward pass that `generate` would have called."""
 
     def __init__(
-        self, model: Any, family: Family, methods: tuple[Method, ...], plain_forward: Callable
+        self,
+        model: Any,
+        family: Family,
+        methods: tuple[Method, ...],
+        plain_forward: Callable,
+        companion: Companion | None = None,
     ) -> None:
         self.model, self.family, self.methods, self.plain_forward = model, family, methods, plain_forward
+        stages = {stage for method in methods for stage in method.stages()}
         self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
-        self.recorder = CLSRecorder(model, family)
-        self.encode: Callable = family.encoder(model).get_image_features
-        self.encoded: dict[int, tuple[Tensor, VisionEncoding]] = {}  # by the identity of an image's features
-        self.report: dict[str, list[dict[str, Any]]] = {}
+        self.packs_cache = "cache" in stages
+        self.encoder = ImageEncoder(model, family, bool({"select", "negative_tokens"} & stages), companion)
+        attends = bool({"attention", "cache"} & stages)
+        self.attention = MethodAttention(model, family, methods) if attends else None
+        self.report: Report | None = None
+        self.first_look = FirstLook()
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `get_image_features`; keeps what the tower said beside the features."""
-        result = self.encode(*args, **kwargs)
-        features = self.family.features(result)
-        encodings = self.recorder.encodings()
-        self.encoded = {
-            id(feature): (feature, seen) for feature, seen in zip(features, encodings, strict=True)
-        }
-        if hasattr(result, "pooler_output"):
-            result.pooler_output = features  # the very tensors, which generate hands on to the prefill
-            return result
-        return features
+    def install(self) -> None:
+        self.encoder.install()
+        if self.attention is not None:
+            self.attention.install()
+
+    def remove(self) -> None:
+        self.encoder.remove()
+        if self.attention is not None:
+            self.attention.remove()
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            raise TypeError("under attach, call the model with keyword arguments: model(**inputs)")
-        if kwargs.get("return_dict") is False or kwargs.get("labels") is not None:
-            raise PromptError(
-                "under attach, the model generates: call it without labels and return_dict=False"
-            )
-        cache = kwargs.get("past_key_values")
+        self._refuse(args, kwargs)
+        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         if isinstance(cache, BranchedCache):
             return self._step(input_ids, cache, kwargs)
-        if not _has_images(kwargs):
-            if cache is None or not cache.get_seq_length():
-                self.report = {method.name: [] for method in self.methods}
-            return self.plain_forward(input_ids=input_ids, **kwargs)
-        if input_ids is None:
+        is_image = None
+        if embeddings is not None:
+            is_image = self.family.finds_images(
+                embeddings, [image.features for image in self.encoder.known.values()]
+            )
+        if is_image is None and not _has_images(kwargs):
+            self._refuse_missing_pictures(input_ids)
+            fresh = cache is None or not cache.get_seq_length()
+            if not (fresh and self.packs_cache and input_ids is not None):
+                self.report = Report(self.methods) if fresh else self.report
+                return self.plain_forward(input_ids=input_ids, **kwargs)
+        if input_ids is None and is_image is None:
             raise PromptError(
                 "under attach, a prompt with pictures is passed as input_ids, not inputs_embeds"
             )
@@ -74,91 +104,129 @@ class Pipeline:
                 "under attach, pictures come in the first call, into an empty DynamicCache: leave past_key_values, "
                 "prefill_chunk_size and cache_implementation='static' out"
             )
-        return self._prefill(input_ids, kwargs)
+        return self._prefill(self._prompt(input_ids, embeddings, is_image, kwargs), kwargs)
 
-    def _images(self, kwargs: dict[str, Any]) -> list[tuple[Tensor, VisionEncoding]]:
-        """Features and CLS scores of each image, in reading order."""
-        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if given is None:
-            pixels = kwargs["pixel_values"]
-            # Older transformers repeat the pictures themselves for beams: each is encoded once.
-            new = torch.ones(len(pixels), dtype=torch.bool)
-            new[1:] = (pixels[1:] != pixels[:-1]).flatten(1).any(1).cpu()
-            sizes = kwargs.get("image_sizes")
-            extra = {} if sizes is None else {"image_sizes": sizes[new.to(sizes.device)]}
-            unique = self.family.features(
-                self.get_image_features(pixel_values=pixels[new.to(pixels.device)], **extra)
-            )
-            features = [unique[index] for index in (new.cumsum(0) - 1).tolist()]
-        else:
-            features = self.family.features(given)
-        if any(id(feature) not in self.encoded for feature in features):
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            raise TypeError("under attach, call the model with keyword arguments: model(**inputs)")
+        if kwargs.get("return_dict") is False or kwargs.get("labels") is not None:
             raise PromptError(
-                "the image features were not made under this attach, or were cut in chunks, so their CLS scores are "
-                "unknown: pass pixel_values, and leave mm_encoder_outputs and prefill_chunk_size out"
+                "under attach, the model generates: call it without labels and return_dict=False"
             )
-        return [self.encoded[id(feature)] for feature in features]
+        # generate encodes videos, too, before the first call
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+            raise PromptError("under attach, videos are not read: pass their frames as pictures")
+        if self.packs_cache and kwargs.get("use_cache") is False:
+            raise PromptError("ZipVL packs the KV cache: leave use_cache=False out, or attach it not")
 
-    def _prefill(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
-        images = self._images(kwargs)
-        mask, keep_logits = kwargs.get("attention_mask"), kwargs.pop("logits_to_keep", 0)
-        lengths = [len(features) for features, _ in images]
-        where = layout(input_ids, mask, self.family.image_token_id(self.model), lengths)
+    def _refuse_missing_pictures(self, input_ids: Tensor | None) -> None:
+        if input_ids is not None and bool((input_ids == self.family.image_token_id(self.model)).any()):
+            raise PromptError(
+                "the prompt holds image tokens but no picture comes with it: pass pixel_values in the call that holds "
+                "them, and leave prefill_chunk_size out"
+            )
+
+    def _prompt(
+        self,
+        input_ids: Tensor | None,
+        embeddings: Tensor | None,
+        is_image: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Prompt:
+        """The prompt with its images in place; families whose generator gets embeddings have put them there."""
+        mask, own = kwargs.get("attention_mask"), ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids")
+        rest = {name: kwargs[name] for name in kwargs if name not in own + self.encoder.arguments}
+        if is_image is not None:
+            assert embeddings is not None
+            images = list(self.encoder.known.values())
+            beams = len(embeddings) // len(images)
+            images = [image for image in images for _ in range(beams)]
+            where = layout(is_image, mask, [len(image.features) for image in images])
+            rest.pop("inputs_embeds")
+            return Prompt(embeddings, is_image, where, images, None, rest)
+        assert input_ids is not None
+        images = self.encoder.images(kwargs, input_ids) if _has_images(kwargs) else []
+        is_image = input_ids == self.family.image_token_id(self.model)
+        where = layout(is_image, mask, [len(image.features) for image in images])
         embeddings = self.model.get_input_embeddings()(input_ids)
-        for (row, columns), (features, _) in zip(where.spans, images, strict=True):
-            embeddings[row, columns] = features.to(embeddings.device, embeddings.dtype)
+        for (row, columns), image in zip(where.spans, images, strict=True):
+            embeddings[row, columns] = image.features.to(embeddings.device, embeddings.dtype)
+        positions = self.family.positions(self.model, input_ids, mask, kwargs) if images else None
+        return Prompt(embeddings, is_image & where.visible, where, images, positions, rest)
 
-        self.report = {method.name: [] for method in self.methods}
-        kept = self._for_each(images, self._select)
-        rest = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
-        caching = kwargs.get("use_cache") is not False
-        first = kwargs.get("past_key_values")
-        if first is None:
-            first = DynamicCache(config=self.model.config.get_text_config())
-
-        def run(stays: Tensor, cache: Cache, keep: int | Tensor) -> tuple[Any, Tensor]:
-            prompt = pack(embeddings, stays)
-            inputs = rest | {"attention_mask": prompt.mask.long(), "position_ids": prompt.positions}
-            inputs |= {"past_key_values": cache if caching else None, "use_cache": caching}
-            inputs |= {"logits_to_keep": keep}
-            return self.plain_forward(inputs_embeds=prompt.embeddings, **inputs), prompt.mask
-
-        output, real = run(kept_columns(where, kept), first, keep_logits)
-        caches, masks = [first], [real]
+    def _prefill(self, prompt: Prompt, kwargs: dict[str, Any]) -> Any:
+        self.report = Report(self.methods)
+        self.report.begin(prompt.images, [row for row, _ in prompt.where.spans])
+        kept = self._for_each(prompt.images, self._select)
+        output, branch, this = self._branch(
+            prompt, kept, kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+        )
+        branches = [branch]
         for method in self.contrasting:
-            tokens = self._for_each(images, functools.partial(self._outliers, method))
-            cache = DynamicCache(config=self.model.config.get_text_config())
-            negative, real = run(kept_columns(where, tokens), cache, 1)
+            chosen = self._for_each(prompt.images, functools.partial(self._negative, method))
+            embeddings = prompt.embeddings.clone()
+            for (row, columns), (features, places) in zip(prompt.where.spans, chosen, strict=True):
+                embeddings[row, columns[places]] = features.to(embeddings.device, embeddings.dtype)
+            seen = Prompt(**{**vars(prompt), "embeddings": embeddings})
+            negative, branch, _ = self._branch(seen, [places for _, places in chosen], None, 1)
             last = method.logits(output.logits[:, -1], negative.logits[:, -1])
             output.logits = torch.cat([output.logits[:, :-1].to(last.dtype), last[:, None]], dim=1)
-            caches.append(cache)
-            masks.append(real)
-        if caching:
-            output.past_key_values = BranchedCache(caches, masks, input_ids.shape[1])
+            branches.append(branch)
+        if this is not None:
+            self.report.attention(self.methods, this)
+        self.first_look(self.model, self.family, self.methods, prompt.images, this)
+        if kwargs.get("use_cache") is not False:
+            output.past_key_values = BranchedCache(branches, prompt.embeddings.shape[1])
         return output
 
+    def _branch(
+        self, prompt: Prompt, kept: list[Tensor | None], cache: Cache | None, logits_to_keep: int | Tensor
+    ) -> tuple[Any, Branch, Pass | None]:
+        """Prefill the prompt with the tokens `kept` of each image."""
+        if cache is None:
+            cache = DynamicCache(config=self.model.config.get_text_config())
+        packed = pack(prompt.embeddings, kept_columns(prompt.where, kept), prompt.positions)
+        image_mask = prompt.is_image.gather(1, packed.columns) & packed.mask
+        caching = prompt.rest.get("use_cache") is not False
+        inputs = prompt.rest | {"attention_mask": packed.mask.long(), "position_ids": packed.positions}
+        inputs |= {"past_key_values": cache if caching else None, "use_cache": caching}
+        inputs |= {"logits_to_keep": logits_to_keep, "inputs_embeds": packed.embeddings}
+        this = None
+        if self.attention is not None:
+            this = Pass(
+                packed.mask, image_mask, first_query(image_mask), cache if caching else None, prefill=True
+            )
+        with self.attention.running(this) if self.attention and this else nullcontext():
+            output = self.plain_forward(**inputs)
+        sinks = {} if this is None else this.sinks
+        return output, Branch(cache, packed.mask, packed.next_position, image_mask, sinks), this
+
     @staticmethod
-    def _for_each(images: list[tuple[Tensor, VisionEncoding]], choose: Callable) -> list[Tensor | None]:
+    def _for_each(images: list[Encoded], choose: Callable) -> list[Any]:
         """What `choose` says of each image; of images repeated for beams it is asked once."""
-        chosen = {
-            id(encoding): choose(encoding) for encoding in {id(seen): seen for _, seen in images}.values()
-        }
-        return [chosen[id(encoding)] for _, encoding in images]
+        chosen = {id(image): choose(image) for image in {id(one): one for one in images}.values()}
+        return [chosen[id(image)] for image in images]
 
-    def _outliers(self, method: Method, encoding: VisionEncoding) -> Tensor | None:
-        indices = method.negative_tokens(encoding)
-        self.report[method.name].append({"outliers": indices, "grid": encoding.grid})
-        return indices
-
-    def _select(self, encoding: VisionEncoding) -> Tensor | None:
+    def _select(self, image: Encoded) -> Tensor | None:
         kept: Tensor | None = None
         for method in self.methods:
-            indices = method.select(encoding)
+            if "select" not in method.stages():
+                continue
+            indices = method.select(image.vision)
             if indices is None:
                 continue
-            self.report[method.name].append({"kept": indices, "grid": encoding.grid})
+            assert self.report is not None
+            self.report.image(method, image, kept=indices)
             kept = indices if kept is None else kept[torch.isin(kept, indices)]
         return kept
+
+    def _negative(self, method: Method, image: Encoded) -> tuple[Tensor, Tensor]:
+        """Features of an image in a method's negative branch, and which of its places they take."""
+        indices = method.negative_tokens(image.vision)
+        assert indices is not None and self.report is not None
+        self.report.image(method, image, outliers=indices)
+        return self.family.negative_features(self.model, image.features, indices, image.context, image.place)
 
     def _step(self, input_ids: Tensor | None, cache: BranchedCache, kwargs: dict[str, Any]) -> Any:
         if input_ids is None or _has_images(kwargs):
@@ -176,11 +244,19 @@ class Pipeline:
             # generate cuts the ids by the cache's length, which pruning made shorter
             input_ids = input_ids[:, -(since_prompt.shape[1] - cache.generated()) :]
             ids, mask, positions = cache.continue_inputs(input_ids, since_prompt)
+            real = cache.mask
         else:
             ids, mask, positions = cache.step_inputs(input_ids)
-        rest = {name: value for name, value in kwargs.items() if name not in IMAGE_INPUTS}
+            real = cache.real(new)
+        own = ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids", *self.encoder.arguments)
+        rest = {name: value for name, value in kwargs.items() if name not in own}
         rest |= {"attention_mask": mask, "position_ids": positions}
-        output = self.plain_forward(input_ids=ids, **rest)
+        context: Any = nullcontext()
+        if self.attention is not None:
+            start = torch.zeros_like(cache.next_position)
+            context = self.attention.running(Pass(real, cache.image_mask, start, cache, False, cache.sinks))
+        with context:
+            output = self.plain_forward(input_ids=ids, **rest)
         parts = output.logits.split(rows)
         logits = parts[0]
         for method, negative in zip(self.contrasting, parts[1:], strict=True):
@@ -202,8 +278,12 @@ def _since_prompt(kwargs: dict[str, Any], cache: BranchedCache, rows: int, new: 
     given, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if given is not None:
         columns = given.shape[1]
+    elif positions is not None and positions.ndim == 3 and len(positions) != 4:
+        # positions in time, height and width, which go on from those of the whole prompt
+        columns = int(positions[0, 0, -1]) + 1 + cache.full_length - int(cache.next_position[0])
     elif positions is not None:
-        columns = int(positions[0, -1]) + 1
+        # of four kinds of position, the first is that in the text
+        columns = int(positions.flatten(0, -2)[0, -1]) + 1
     else:
         columns = cache.full_length + cache.generated() + new
     seen = cache.generated()

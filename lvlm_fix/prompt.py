@@ -24,26 +24,34 @@ class Layout:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A left-padded batch of embedded prompts: `embeddings` (R, T, C), `mask` (R, T) bool, `positions` (R, T)."""
+    """A left-padded batch of R embedded prompts of T tokens.
+
+    Attributes:
+        embeddings: (R, T, C).
+        mask: (R, T) bool, tokens that are no padding.
+        positions: (R, T), or (P, R, T) where the model has several kinds of position.
+        columns: (R, T) columns of the whole prompt that the tokens come from.
+        next_position: (R,) position of the first token after the prompt.
+    """
 
     embeddings: Tensor
     mask: Tensor
     positions: Tensor
+    columns: Tensor
+    next_position: Tensor
 
 
-def layout(input_ids: Tensor, attention_mask: Tensor | None, image_token: int, lengths: list[int]) -> Layout:
-    """Find the images, whose numbers of tokens are `lengths` in reading order, in `input_ids` (R, L).
+def layout(is_image: Tensor, attention_mask: Tensor | None, lengths: list[int]) -> Layout:
+    """Find the images, whose numbers of tokens are `lengths` in reading order, among the placeholders (R, L), bool.
 
     Raises:
         PromptError: the placeholders of a prompt do not match the pictures.
     """
-    visible = (
-        torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    )
-    is_image = (input_ids == image_token) & visible
+    visible = torch.ones_like(is_image, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_image = is_image & visible
     spans: list[tuple[int, Tensor]] = []
     remaining = list(lengths)
-    for row in range(input_ids.shape[0]):
+    for row in range(len(is_image)):
         columns = is_image[row].nonzero()[:, 0]
         while len(columns):
             if not remaining or remaining[0] > len(columns):
@@ -73,15 +81,21 @@ def kept_columns(where: Layout, kept: list[Tensor | None]) -> Tensor:
     return stays
 
 
-def pack(embeddings: Tensor, stays: Tensor) -> Prefill:
-    """Drop the tokens that do not stay, (R, L, C) to (R, T, C), left-padded, with positions counted anew."""
+def pack(embeddings: Tensor, stays: Tensor, positions: Tensor | None = None) -> Prefill:
+    """Drop the tokens that do not stay, (R, L, C) to (R, T, C), left-padded.
+
+    Positions are counted anew; given as (P, R, L), tokens keep them, and what follows goes on after the highest
+    of the whole prompt.
+    """
     counts = stays.sum(1)
     width = int(counts.max())
-    order = stays.long().argsort(dim=1, stable=True)[
+    columns = stays.long().argsort(dim=1, stable=True)[
         :, -width:
     ]  # False sorts first: what stays is packed right
     mask = torch.arange(width, device=stays.device)[None] >= (width - counts)[:, None]
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    packed = embeddings[rows, order] * mask[..., None].to(embeddings.dtype)
-    return Prefill(packed, mask, positions)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    packed = embeddings[rows, columns] * mask[..., None].to(embeddings.dtype)
+    if positions is None:
+        return Prefill(packed, mask, (mask.long().cumsum(1) - 1).clamp(min=0), columns, counts)
+    own = positions.gather(2, columns.expand(len(positions), -1, -1))
+    return Prefill(packed, mask, own, columns, positions.amax((0, 2)) + 1)

@@ -1,69 +1,115 @@
-"""Reads the CLS row of the vision tower's attention as the tower runs, one query row a layer."""
+"""Reads which patches a vision tower attends to, as the tower runs: one query row a layer, or a few."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lvlm_fix.functional import cls_scores
+from lvlm_fix.interception import Interception, Proceed
 from lvlm_fix.models.base import Family
-from lvlm_fix.vision import VisionEncoding
+
+PROBES = 64
+"""Query rows whose mean stands for the attention that a patch receives, in towers without a CLS token."""
 
 
-class CLSRecorder:
-    """Forward hooks on the tower's query and key projections; they see what the tower computes anyway.
+class TowerRecorder:
+    """Stands beside the tower's attention, which runs as configured; no attention matrix is made.
 
-    No attention matrix is made and the tower's attention implementation is not touched.
+    With a CLS token its row is read. Without, the row of the tower's pooling query stands for all layers, and where
+    nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model, self.family = model, family
-        self.layers: list[Any] = family.tower_attention(model)
-        self.feature_layer = family.feature_layer(model)
-        self.query: Tensor | None = None
-        self.layer_scores: list[Tensor] = []
-        self.feature_scores: Tensor | None = None
-        self.handles: list[Any] = []
+        self.pooling = None if family.has_cls else family.pooling_attention(model)
+        without_cls = (
+            f"received attention, mean over {PROBES} query rows"
+            if self.pooling is None
+            else "pooling attention"
+        )
+        self.source = "cls" if family.has_cls else without_cls
+        self.has_cls, self.full_width = family.has_cls, family.full_width
+        layers = family.tower_attention(model)
+        self.count, self.feature_layer = len(layers), family.feature_layer(model)
+        self.index = {id(layer): index for index, layer in enumerate(layers)}
+        self.interception = Interception(layers, self._attend)
+        self.hook: RemovableHandle | None = None
+        self.clear()
 
     def install(self) -> None:
-        for index, attention in enumerate(self.layers):
-            self.handles.append(attention.q_proj.register_forward_hook(self._keep_query))
-            self.handles.append(attention.k_proj.register_forward_hook(self._score(index, attention)))
+        if self.pooling is None:
+            self.interception.install()
+        else:
+            self.hook = self.pooling.register_forward_pre_hook(self._pool)
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.interception.remove()
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
-    def _keep_query(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.query = output[:, :1]
+    def clear(self) -> None:
+        self.pooled: list[Tensor] = []
+        self.rows: list[list[Tensor]] = [[] for _ in range(self.count)]
+        self.feature_rows: list[Tensor] = []
 
-    def _score(self, index: int, attention: Any) -> Callable[[nn.Module, Any, Tensor], None]:
-        heads = attention.num_heads
+    def _attend(
+        self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        index, mask = self.index[id(module)], args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        row = self._cls_row(query, key) if self.has_cls else _received(query, key, mask)
+        self.rows[index].extend(row)
+        if index == self.feature_layer:
+            full_width = self.has_cls and self.full_width
+            self.feature_rows.extend(self._cls_row(query, key, heads=1) if full_width else row)
+        return proceed(module, query, key, *args, **kwargs)
 
-        def hook(module: nn.Module, inputs: Any, key: Tensor) -> None:
-            if index == 0:
-                self.layer_scores, self.feature_scores = [], None
-            assert self.query is not None, (
-                "the tower computes keys before queries: lvlm-fix assumes the opposite"
+    def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
+        self.pooled.extend(_pooled(module, *args[:2]))
+
+    @staticmethod
+    def _cls_row(query: Tensor, key: Tensor, heads: int | None = None) -> Tensor:
+        heads = query.shape[1] if heads is None else heads
+        return cls_scores(query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2), heads)
+
+    def crops(self) -> list[Tensor]:
+        """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last."""
+        if self.pooled:
+            found = [row.expand(self.count + 1, -1) for row in self.pooled]
+            self.clear()
+            return found
+        if not self.feature_rows or len({len(rows) for rows in self.rows}) != 1:
+            raise RuntimeError(
+                "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "
+                "interface once for each crop"
             )
-            self.layer_scores.append(cls_scores(self.query, key, heads))
-            if index == self.feature_layer:
-                self.feature_scores = cls_scores(self.query, key, 1)
+        found = [torch.stack(rows) for rows in zip(*self.rows, self.feature_rows, strict=True)]
+        self.clear()
+        return found
 
-        return hook
 
-    def encodings(self) -> list[VisionEncoding]:
-        """One encoding an image of the last batch that went through the tower."""
-        assert self.feature_scores is not None, "the vision tower has not run since the methods were attached"
-        layers = torch.stack(self.layer_scores)
-        grid = self.family.grid(self.model, layers.shape[-1])
-        encodings = [
-            VisionEncoding(layers[:, image], self.feature_scores[image], grid)
-            for image in range(layers.shape[1])
-        ]
-        self.layer_scores, self.feature_scores, self.query = [], None, None
-        return encodings
+def _received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention (B, N) that each patch gets, as the mean over heads and evenly spaced query rows."""
+    patches = query.shape[2]
+    rows = torch.linspace(0, patches - 1, min(PROBES, patches), device=query.device).round().long()
+    logits = query[:, :, rows].float() @ key.float().mT * query.shape[-1] ** -0.5
+    if mask is not None:
+        shown = mask[:, :, rows] if mask.shape[2] > 1 else mask
+        logits = logits.masked_fill(~shown, -torch.inf) if shown.dtype == torch.bool else logits + shown
+    return logits.softmax(-1).nan_to_num().mean((1, 2))
+
+
+def _pooled(module: nn.MultiheadAttention, query: Tensor, patches: Tensor) -> Tensor:
+    """Attention (B, N) that one query (B, 1, C) gives each of the patches (B, N, C), mean over heads."""
+    width = module.embed_dim
+    biases = (None, None) if module.in_proj_bias is None else module.in_proj_bias.split(width)[:2]
+    parts = zip((query, patches), module.in_proj_weight.split(width)[:2], biases, strict=True)
+    asking, asked = (
+        nn.functional.linear(x, weight, bias).float().unflatten(-1, (module.num_heads, -1))
+        for x, weight, bias in parts
+    )
+    logits = torch.einsum("bqhd,bnhd->bhn", asking, asked) * asked.shape[-1] ** -0.5
+    return logits.softmax(-1).mean(1)

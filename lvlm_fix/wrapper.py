@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lvlm_fix.attachment import attach
+from lvlm_fix.attachment import Attachment, attach
 from lvlm_fix.errors import PromptError
 from lvlm_fix.loading import EMBEDDED, load
 from lvlm_fix.methods import Method
@@ -24,7 +24,7 @@ class Answer:
 
     Attributes:
         text: the answer, without the prompt.
-        report: what each method did, by method name, one entry an image of this question.
+        report: what each method did, by method name: one entry an image of this question, or one for the prompt.
         tokens: number of generated tokens.
         seconds: wall time of the batch that this answer was part of.
     """
@@ -56,12 +56,13 @@ class LVLM:
             self.model, self.processor = model, processor
         else:
             self.model, self.processor = load(model, **options)
+        self._warned: set[str] = set()
 
     def ask(
         self,
         image: Picture | Sequence[Picture | tuple[Picture, ...]] | tuple[Picture, ...],
         question: str | Sequence[str] = "Describe the image.",
-        fix: Sequence[Method] = (),
+        fix: Sequence[Method | str] = (),
         max_new_tokens: int = 64,
         **generation: Any,
     ) -> Any:
@@ -71,7 +72,7 @@ class LVLM:
             image: a picture (path, bytes or Pillow image); a tuple of pictures for one question about them all; a
                 list for a batch.
             question: the question, the same for all of a batch, or a list of them.
-            fix: methods to attach for this call.
+            fix: methods to attach for this call, or `["auto"]`; of a premise that fails it is warned once.
             max_new_tokens: longest answer.
             generation: passed on to `model.generate`, such as `num_beams=4` or `streamer=`.
 
@@ -86,11 +87,9 @@ class LVLM:
         pictures = [
             [open_picture(one) for one in (item if isinstance(item, tuple) else (item,))] for item in images
         ]
-        prompts = [self._prompt(text, len(some)) for text, some in zip(questions, pictures, strict=True)]
-        inputs = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        inputs = self.inputs(pictures, questions)
         generation.setdefault("do_sample", False)
-        context = attach(self.model, *fix) if fix else contextlib.nullcontext()
+        context = self._attached(fix) if fix else contextlib.nullcontext()
         started = time.perf_counter()
         with context as attached, torch.inference_mode():
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generation)
@@ -100,12 +99,30 @@ class LVLM:
         answers = self._answers(sequences, pictures, report, seconds)
         return answers if batched else answers[0]
 
+    def inputs(self, pictures: list[list[Any]], questions: list[str]) -> Any:
+        """What `model.generate` takes: one row for each question about its own Pillow pictures."""
+        prompts = [self._prompt(text, len(some)) for text, some in zip(questions, pictures, strict=True)]
+        inputs = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def _attached(self, fix: Sequence[Method | str]) -> Attachment:
+        attached = attach(self.model, *fix, processor=self.processor)
+        attached.pipeline.first_look.warned = self._warned
+        return attached
+
     def _prompt(self, text: str, pictures: int) -> str:
-        token = self.processor.image_token
+        token = str(self.processor.image_token)
         if not text.strip():
             raise PromptError("the question is empty: ask something, such as 'Describe the image.'")
         if token in text:
             raise PromptError(f"the question holds {token}: leave it out, one is put in for each picture")
+        if hasattr(self.processor, "qformer_tokenizer"):
+            # InstructBLIP's processor puts the picture in by itself; the model was trained on bare instructions.
+            if pictures != 1:
+                raise PromptError(
+                    f"InstructBLIP takes one picture for each question, and this has {pictures}"
+                )
+            return text.strip()
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": text.strip()}]
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -115,19 +132,19 @@ class LVLM:
         texts = self.processor.batch_decode(sequences, skip_special_tokens=True)
         copies = len(sequences) // len(pictures)  # num_return_sequences
         pad = self.model.generation_config.pad_token_id
-        entries_per_image = {
-            name: len(rows) // max(1, sum(map(len, pictures))) for name, rows in report.items()
-        }
-        answers, first = [], 0
+        pad = self.processor.tokenizer.pad_token_id if pad is None else pad
+        answers = []
         for index, text in enumerate(texts):
-            count = len(pictures[index // copies])
             own = {
-                name: rows[first : first + count] if entries_per_image[name] else []
-                for name, rows in report.items()
+                name: [
+                    {key: value for key, value in entry.items() if key != "prompt"}
+                    for entry in entries
+                    if entry["prompt"] == index // copies
+                ]
+                for name, entries in report.items()
             }
             tokens = int((sequences[index] != pad).sum()) if pad is not None else len(sequences[index])
             answers.append(Answer(text.strip(), own, tokens, seconds))
-            first += count if (index + 1) % copies == 0 else 0
         return answers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -23,6 +24,12 @@ def _seeded():
     np.random.seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Sink dimensions are neither read from nor left in the user's cache folder."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def embedded():
     """The LVLM that ships: model and processor."""
@@ -40,7 +47,9 @@ def random_llava():
 
     torch.manual_seed(7)
     tokenizer = build_tokenizer()
-    model = LlavaForConditionalGeneration(build_config(PRESETS["smoke"], tokenizer)).eval()
+    # VAR changes the layers between the first two and the last.
+    deep = replace(PRESETS["smoke"], decoder_layers=4, decoder_width=64)
+    model = LlavaForConditionalGeneration(build_config(deep, tokenizer)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "embed" not in name:

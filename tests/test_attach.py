@@ -78,7 +78,7 @@ def test_leaving_the_with_leaves_nothing(llava, inputs):
     before, before_weights = state(model), weights(model)
     assert "forward" not in vars(model)
     with attach(model, PRUNE, CONTRAST):
-        assert state(model)["hooks"] != before["hooks"]
+        assert state(model)["attention"] != before["attention"]
         assert state(model)["attributes"] != before["attributes"]
         says(model, inputs, num_beams=2)
     assert_unchanged(model, before, before_weights)
@@ -118,7 +118,7 @@ def test_detach_twice_is_fine_and_leaves_what_came_later_alone(llava, inputs):
     assert_unchanged(model, before, before_weights)
     with attach(model, CONTRAST):
         fix.detach()  # must not take the newcomer off
-        assert state(model)["hooks"] != before["hooks"]
+        assert state(model)["attention"] != before["attention"]
         assert model.forward._lvlm_fix.methods == (CONTRAST,)
     fix.detach()
     assert_unchanged(model, before, before_weights)
@@ -216,8 +216,8 @@ def test_the_report_tells_of_each_picture_in_plain_numbers(llava, ask, sample_pi
         alone = fix.report
         says(model, ask(processor, ([], "What is in the image?")))
         assert fix.report == {"vtc_cls": [], "damro": []}
-    assert [set(entry) for entry in report["vtc_cls"]] == [{"kept", "grid"}] * 3
-    assert [set(entry) for entry in report["damro"]] == [{"outliers", "grid"}] * 3
+    assert [set(entry) for entry in report["vtc_cls"]] == [{"kept", "grid", "prompt", "source"}] * 3
+    assert [set(entry) for entry in report["damro"]] == [{"outliers", "grid", "prompt", "source"}] * 3
     for name, key, count in (("vtc_cls", "kept", 40), ("damro", "outliers", 7)):
         chosen = [entry[key] for entry in report[name]]
         assert all(len(set(some)) == count and sorted(some) == some for some in chosen)

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm_fix.functional import outlier_tokens
-from lvlm_fix.methods import DAMRO, METHODS, VTCCLS, Method, parse
+from lvlm_fix.methods import DAMRO, METHODS, VAR, VTCCLS, AttentionStep, Method, ZipVL, parse
 from lvlm_fix.vision import VisionEncoding
 
-STAGES = {"select", "negative_tokens", "logits"}
+STAGES = {"select", "negative_tokens", "attention", "cache", "logits"}
 
 
 def encoding(layers=4, tokens=9, seed=0):
@@ -47,13 +47,16 @@ class TestEveryMethod:
 
 
 def test_every_method_is_listed():
-    assert set(METHODS.values()) == set(Method.__subclasses__())
-    assert list(METHODS.values()) == [DAMRO, VTCCLS]
+    own = {method for method in Method.__subclasses__() if method.__module__.startswith("lvlm_fix.methods.")}
+    assert set(METHODS.values()) == own
+    assert list(METHODS.values()) == [DAMRO, VAR, VTCCLS, ZipVL]
 
 
 def test_stages_are_those_that_a_method_overrides():
     assert DAMRO.stages() == ("negative_tokens", "logits")
     assert VTCCLS.stages() == ("select",)
+    assert VAR.stages() == ("attention",)
+    assert ZipVL.stages() == ("attention", "cache")
     assert Method.stages() == ()
 
 
@@ -93,7 +96,7 @@ def test_several_methods_are_read_in_order():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dammro", "unknown method 'dammro': the methods are damro, vtc_cls"),
+        ("dammro", "unknown method 'dammro': the methods are damro, var, vtc_cls, zipvl"),
         ("damro, none", "unknown method 'none'"),
         ("damro(0.5)", "write them as"),
         ("damro(alpha=", "cannot read methods"),
@@ -113,6 +116,9 @@ def test_several_methods_are_read_in_order():
         ("damro(**{'alpha': 1})", "damro takes alpha, beta, topk"),
         ("damro(alpha=-1)", "alpha must be at least 0"),
         ("vtc_cls(keep=0)", "keep must be a positive number"),
+        ("var(rho=1.5)", "rho and min_image_attention must lie in 0..1"),
+        ("zipvl(bits=3)", "bits 2, 4 or 8"),
+        ("zipvl(scope='text')", "scope all or image"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(text, message):
@@ -151,6 +157,18 @@ def test_the_papers_settings():
     assert DAMRO.for_model("instructblip") == DAMRO(alpha=0.5, beta=0.1, topk=4)
     assert DAMRO.for_model("instructblip", "captions") == DAMRO(alpha=1.5, beta=0.1, topk=4)
     assert VTCCLS.for_model("llava-1.5").keep == 128
+    assert VAR.for_model("llava-1.5") == VAR(p=0.6, rho=0.8, min_image_attention=0.2, tau=20.0)
+    assert [VAR.for_model("llava-1.5", task).rho for task in ("pope", "captions", "vision")] == [
+        0.5,
+        0.5,
+        0.9,
+    ]
+    assert ZipVL.for_model("llava-1.5") == ZipVL(tau=0.975, recent=64, random=64, bits=4, low_bits=2)
+    for method in (VAR, ZipVL):
+        with pytest.raises(ValueError, match=r"no setting for model 'gpt'.*llava-1.5, llava-next"):
+            method.for_model("gpt")
+    with pytest.raises(ValueError, match=r"task 'vqa'.*general, pope, captions, vision"):
+        VAR.for_model("llava-1.5", "vqa")
     with pytest.raises(ValueError, match=r"no setting for model 'gpt'.*llava-1.5, llava-next, instructblip"):
         DAMRO.for_model("gpt")
     with pytest.raises(ValueError, match=r"task 'vqa'.*pope, captions"):
@@ -194,3 +212,119 @@ def test_damro_contrasts_half_precision_in_float32():
     contrasted = DAMRO(alpha=0.1, beta=0).logits(half, torch.tensor([[1.0, 1.0]], dtype=torch.bfloat16))
     assert contrasted.dtype == torch.float32
     torch.testing.assert_close(contrasted, torch.tensor([[2.1, 1.0]]))
+
+
+# -- attention
+
+
+def step(layer=2, tokens=12, **changes):
+    """One layer's prefill of a row of `tokens` of which 4 to 8 are the image."""
+    torch.manual_seed(1)
+    image = torch.zeros(1, tokens, dtype=torch.bool)
+    image[:, 4:8] = True
+    given = {
+        "layer": layer,
+        "layers": 5,
+        "query": torch.randn(1, 2, tokens, 8),
+        "key": torch.randn(1, 2, tokens, 8),
+        "value": torch.randn(1, 2, tokens, 8),
+        "scale": None,
+        "real": torch.ones(1, tokens, dtype=torch.bool),
+        "image_mask": image,
+        "first_query": torch.tensor([8]),
+        "hidden_states": torch.ones(1, tokens, 16),
+    }
+    return AttentionStep(**given | changes)
+
+
+def with_massive(tokens, dim=3):
+    """Hidden states (1, 12, 16) of ones, where `tokens` are massive in one dimension."""
+    hidden = torch.ones(1, 12, 16)
+    hidden[0, tokens, dim] = 100.0
+    return hidden
+
+
+ALERT = VAR(sink_dims=(3,), tau=40.0)  # at width 16 the threshold is 2.5; |x| / rms of a planted token is 4
+
+
+def test_var_finds_the_planted_sinks():
+    changed = ALERT.attention(step(hidden_states=with_massive([0, 5])))
+    assert changed.sinks.nonzero()[:, 1].tolist() == [0, 5]
+    assert changed.redistribution.sink_mask.equal(changed.sinks)
+    assert changed.redistribution.first_query.tolist() == [8]
+    assert (changed.redistribution.p, changed.redistribution.rho) == (ALERT.p, ALERT.rho)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 4])
+def test_var_leaves_the_first_two_layers_and_the_last_alone(layer):
+    given = step(layer, hidden_states=with_massive([0, 5]))
+    assert ALERT.attention(given) is given
+
+
+@pytest.mark.parametrize("massive", [[], [0], [0, 11]])
+def test_var_leaves_a_layer_without_image_sinks_alone(massive):
+    changed = ALERT.attention(step(hidden_states=with_massive(massive)))
+    assert changed.sinks is None
+    assert changed.redistribution is None
+
+
+def test_var_looks_at_its_sink_dims_only_and_not_at_padding():
+    assert ALERT.attention(step(hidden_states=with_massive([5], dim=4))).sinks is None
+    real = torch.ones(1, 12, dtype=torch.bool)
+    real[:, :6] = False
+    assert ALERT.attention(step(hidden_states=with_massive([5]), real=real)).sinks is None
+
+
+def test_var_remembers_its_sinks_when_decoding():
+    sinks = torch.zeros(1, 12, dtype=torch.bool)
+    sinks[:, 5] = True
+    decoding = {"hidden_states": None, "query": torch.randn(1, 2, 1, 8)}
+    assert ALERT.attention(step(sinks=sinks, **decoding)).redistribution.sink_mask is sinks
+    assert ALERT.attention(step(sinks=None, **decoding)).redistribution is None
+
+
+def test_vars_threshold_suits_the_width():
+    assert VAR().threshold(4096) == VAR().threshold(5120) == 20
+    assert VAR().threshold(1024) == 10
+    assert VAR(tau=12).threshold(256) == 3
+
+
+def test_zipvl_keeps_what_attention_is_on():
+    key = torch.zeros(1, 2, 200, 8)
+    key[:, :, [3, 50, 120], 0] = 60.0  # all queries look at these three
+    query = torch.zeros(1, 2, 200, 8)
+    query[..., 0] = 4.0
+    real = torch.ones(1, 200, dtype=torch.bool)
+    image = torch.zeros_like(real)
+    image[:, 10:150] = True
+    given = {"query": query, "key": key, "value": key, "real": real, "image_mask": image}
+    given["hidden_states"] = torch.ones(1, 200, 16)
+    method = ZipVL(window=4)
+    changed = method.attention(step(tokens=200, **given))
+    assert changed.important[0].nonzero()[:, 0].tolist() == [3, 50, 120, 196, 197, 198, 199]
+    assert changed.told["ratios"].item() == pytest.approx(7 / 200)
+    image_only = dataclasses.replace(method, scope="image").attention(step(tokens=200, **given))
+    dropped = (~image_only.important[0]).nonzero()[:, 0].tolist()
+    assert dropped == [t for t in range(10, 150) if t not in (50, 120)]
+    everything = dataclasses.replace(method, tau=1.0).attention(step(tokens=200, **given))
+    assert everything.important.all()
+
+
+def test_zipvls_probes_are_the_newest_and_some_others_whatever_the_batch():
+    real = torch.ones(3, 40, dtype=torch.bool)
+    real[1, :25], real[2, :38] = False, False
+    probes = ZipVL(recent=5, random=6).probes(real)
+    assert probes.shape == (3, 11)
+    assert probes[:, -2:].tolist() == [[38, 39]] * 3
+    assert probes[0, -5:].tolist() == [35, 36, 37, 38, 39]
+    alone = ZipVL(recent=5, random=6).probes(torch.ones(1, 15, dtype=torch.bool))
+    assert (probes[1] - 25).tolist() == alone[0].tolist()
+    assert len(set(alone[0].tolist())) == 11
+    assert not real[2, probes[2, :-2]].any()  # a short row's missing probes stand on its padding
+    assert probes[0].tolist() != ZipVL(recent=5, random=6, seed=1).probes(real)[0].tolist()
+
+
+def test_zipvl_leaves_decoding_alone():
+    decoding = step(hidden_states=None, query=torch.randn(1, 2, 1, 8))
+    assert ZipVL().attention(decoding) is decoding
+    assert ZipVL().cache(decoding) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -247,16 +247,20 @@ def _print(task: Task, summary: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in _verdicts(task, summary):
         console.print(line, soft_wrap=True)
+    several_seeds = len(summary["seeds"]) > 1
     console.print(
         f"\n{summary['confidence']:.0%} intervals from {summary['resamples']:,} resamples of "
-        f"{summary['images']:,} images; results and manifest in {out}",
+        f"{summary['images']:,} images; "
+        + (f"± standard deviation over {len(summary['seeds'])} seeds; " if several_seeds else "")
+        + f"results and manifest in {out}",
         soft_wrap=True,
     )
 
 
-def _shown(estimate: dict[str, Any], percent: float) -> str:
+def _shown(estimate: Mapping[str, Any], percent: float) -> str:
     value, low, high = (estimate[name] * percent for name in ("value", "low", "high"))
-    return f"{value:.1f}\n{low:.1f} to {high:.1f}"
+    shown = f"{value:.1f}\n{low:.1f} to {high:.1f}"
+    return shown + (f"\n± {estimate['deviation'] * percent:.1f}" if "deviation" in estimate else "")
 
 
 def _verdicts(task: Task, summary: dict[str, Any]) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 
-from lvlm_fix.methods.base import Method
+from lvlm_fix.methods.base import AttentionStep, Method
 from lvlm_fix.methods.damro import DAMRO
+from lvlm_fix.methods.var import VAR
 from lvlm_fix.methods.vtc_cls import VTCCLS
+from lvlm_fix.methods.zipvl import ZipVL
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DAMRO, VTCCLS)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DAMRO, VAR, VTCCLS, ZipVL)}
 
-__all__ = ["DAMRO", "METHODS", "VTCCLS", "Method", "parse"]
+__all__ = ["DAMRO", "METHODS", "VAR", "VTCCLS", "AttentionStep", "Method", "ZipVL", "parse"]
 
 
 def parse(text: str) -> list[Method]:

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lvlm_fix.kernels import Redistribution
 from lvlm_fix.vision import VisionEncoding
+
+
+@dataclass(frozen=True)
+class AttentionStep:
+    """One decoder layer's attention, before it is computed. Stages return it with fields replaced.
+
+    R rows, H heads, K key heads, Q queries, T keys, D width of a head, C width of the model. In the prefill Q = T.
+    When decoding, keys may stand in any order: the masks follow them.
+
+    Attributes:
+        layer, layers: index of this layer, and how many there are.
+        query, key, value: (R, H, Q, D), (R, K, T, D), (R, K, T, D); positions already rotated in.
+        scale: factor on the dot products.
+        real: (R, T) bool, keys that are no padding.
+        image_mask: (R, T) bool, image tokens.
+        first_query: (R,) column of the first query after the row's last image token; T where there is no image.
+        hidden_states: (R, T, C) input of the layer in the prefill; None when decoding.
+        sinks: (R, T) bool, the sink tokens found in this layer's prefill; None where there are none.
+        important: (R, T) bool, set in the prefill to let only these tokens attend and be attended to.
+        redistribution: set to move attention from sinks to the image.
+        shared: what a method wants to keep from layer to layer of one prefill.
+        told: what a method wants in the report of this layer: by key, one entry a row, numbers (R,) or masks (R, ...).
+    """
+
+    layer: int
+    layers: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float | None
+    real: Tensor
+    image_mask: Tensor
+    first_query: Tensor
+    hidden_states: Tensor | None = None
+    sinks: Tensor | None = None
+    important: Tensor | None = None
+    redistribution: Redistribution | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+    told: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method:
@@ -21,12 +62,24 @@ class Method:
     conflicts: ClassVar[dict[str, str]] = {}
     """Other method's name -> why the two pull against each other."""
 
+    def prepare(self, model: Any) -> Method:
+        """The method with what it must know of a model filled in; `attach` asks once."""
+        return self
+
     def select(self, vision: VisionEncoding) -> Tensor | None:
         """Sorted indices (K,) of the image tokens that enter the prompt; None keeps all."""
         return None
 
     def negative_tokens(self, vision: VisionEncoding) -> Tensor | None:
         """Indices (K,) of the image tokens that a negative branch sees, of the unpruned image; None for no branch."""
+        return None
+
+    def attention(self, step: AttentionStep) -> AttentionStep:
+        """How one layer of the decoder attends; called for every layer of every branch, in prefill and decoding."""
+        return step
+
+    def cache(self, step: AttentionStep) -> Any | None:
+        """What holds the layer's keys and values after the prefill, a transformers cache layer; None for the plain."""
         return None
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
@@ -36,5 +89,5 @@ class Method:
     @classmethod
     def stages(cls) -> tuple[str, ...]:
         """Names of the stages that this method changes."""
-        known = ("select", "negative_tokens", "logits")
+        known = ("select", "negative_tokens", "attention", "cache", "logits")
         return tuple(stage for stage in known if getattr(cls, stage) is not getattr(Method, stage))

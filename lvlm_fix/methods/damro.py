@@ -31,7 +31,7 @@ class DAMRO(Method):
 
     alpha: float = 0.5  # strength of the contrast
     beta: float = 0.1  # plausibility cut-off, relative to the most likely token
-    topk: int = 10  # outlier tokens of each image in the negative branch
+    topk: int = 10  # outlier tokens of each crop of an image in the negative branch
 
     name: ClassVar[str] = "damro"
     paper: ClassVar[str] = "arXiv 2410.04514"
@@ -46,9 +46,14 @@ class DAMRO(Method):
             raise ValueError(f"{self}: alpha must be at least 0, beta in 0..1 and topk a whole number from 1")
 
     def negative_tokens(self, vision: VisionEncoding) -> Tensor:
-        count = min(self.topk, vision.feature_scores.shape[-1])
-        outliers = outlier_tokens(vision.feature_scores[None], count)[0]
-        return outliers.sort().values  # in raster order, as in the prompt
+        scores = vision.feature_scores
+        crops = torch.zeros_like(scores, dtype=torch.long) if vision.crops is None else vision.crops
+        tokens = []
+        for crop in crops[crops >= 0].unique().tolist():
+            own = (crops == crop).nonzero()[:, 0]
+            tokens.append(own[outlier_tokens(scores[own][None], min(self.topk, len(own)))[0]])
+        tokens.append((crops < 0).nonzero()[-1:, 0])  # a picture cut in crops ends with a newline token
+        return torch.cat(tokens).sort().values  # in raster order, as in the prompt
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
         return contrast_logits(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lvlm_fix.functional import select_by_cls
@@ -17,7 +18,8 @@ from lvlm_fix.vision import VisionEncoding
 class VTCCLS(Method):
     """Keep the image tokens that the tower's CLS token attends to, over several layers (arXiv 2412.05819).
 
-    `keep` is a number of tokens per image, or, below 1, a fraction of them. The paper keeps 64, 128 or 192 of 576
+    `keep` is a number of tokens per image, or, below 1, a fraction of them; newline tokens do not count, and stay
+    where something of their row does. The paper keeps 64, 128 or 192 of 576
     and tunes `start_layer` by model and budget; the default here, the three layers before the last, is ours.
 
     Raises:
@@ -38,9 +40,16 @@ class VTCCLS(Method):
             raise ValueError(f"{self}: keep must be a positive number of tokens, or a fraction below 1")
 
     def select(self, vision: VisionEncoding) -> Tensor:
-        total = vision.layer_scores.shape[-1]
-        keep = round(self.keep * total) if self.keep < 1 else int(self.keep)
-        return select_by_cls(vision.layer_scores[:, None], min(max(keep, 1), total), self.start_layer)[0]
+        scored = torch.ones_like(vision.feature_scores, dtype=torch.bool)
+        if vision.crops is not None:
+            scored = vision.crops >= 0
+        own = scored.nonzero()[:, 0]
+        keep = round(self.keep * len(own)) if self.keep < 1 else int(self.keep)
+        best = select_by_cls(
+            vision.layer_scores[:, None, own], min(max(keep, 1), len(own)), self.start_layer
+        )[0]
+        kept = torch.zeros_like(scored).index_fill(0, own[best], True)
+        return (kept | _newlines(scored, kept)).nonzero()[:, 0]
 
     @classmethod
     def for_model(cls, model: str, task: str = "pope") -> VTCCLS:
@@ -48,3 +57,12 @@ class VTCCLS(Method):
         if model != "llava-1.5":
             raise ValueError(f"VTC-CLS has no setting for model {model!r}: the model is llava-1.5")
         return cls(keep=128)
+
+
+def _newlines(scored: Tensor, kept: Tensor) -> Tensor:
+    """Newline tokens (N,) of whose row, all that stands between them and the newline before, something is kept."""
+    row = torch.cumsum(~scored, 0) - (~scored).long()
+    kept_in_row = torch.zeros(len(scored) + 1, dtype=torch.long, device=row.device).index_add(
+        0, row, kept.long()
+    )
+    return ~scored & (kept_in_row[row] > 0)

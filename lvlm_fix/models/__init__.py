@@ -6,9 +6,23 @@ from typing import Any
 
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family
+from lvlm_fix.models.idefics3 import Idefics3
+from lvlm_fix.models.instructblip import InstructBlip
+from lvlm_fix.models.internvl import InternVL
 from lvlm_fix.models.llava import Llava
+from lvlm_fix.models.llava_next import LlavaNext
+from lvlm_fix.models.llava_onevision import LlavaOnevision
+from lvlm_fix.models.qwen_vl import QwenVL
 
-FAMILIES: tuple[Family, ...] = (Llava(),)
+FAMILIES: tuple[Family, ...] = (
+    Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    Idefics3(),
+    InternVL(),
+    QwenVL(),
+    InstructBlip(),
+)
 
 
 def family_of(model: Any) -> Family:

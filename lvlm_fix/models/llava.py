@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lvlm_fix.errors import UnsupportedModelError
-from lvlm_fix.models.base import Family
+from lvlm_fix.models.base import Family, layer_from, one_feature_layer
 
 
 class Llava(Family):
@@ -29,13 +29,7 @@ class Llava(Family):
         return layers
 
     def feature_layer(self, model: Any) -> int:
-        layer, count = model.config.vision_feature_layer, len(self.tower_attention(model))
-        if not isinstance(layer, int):
-            raise UnsupportedModelError(
-                f"this LLaVA joins the features of layers {list(layer)}: models that take one layer are supported"
-            )
-        # hidden_states[0] is the embedding, so hidden_states[k] is the output of layer k - 1
-        return layer + count if layer < 0 else layer - 1
+        return layer_from(one_feature_layer(model), len(self.tower_attention(model)))
 
     def image_token_id(self, model: Any) -> int:
         return model.config.image_token_id

@@ -1,0 +1,198 @@
+"""The decoder's attention with methods in it: what a layer's stages are told, and which kernel then runs."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from lvlm_fix.errors import UnsupportedModelError
+from lvlm_fix.interception import Interception, Proceed
+from lvlm_fix.kernels import sparse_prefill, visual_attention
+from lvlm_fix.methods.base import AttentionStep, Method
+from lvlm_fix.models.base import Family
+from lvlm_fix.packed_layer import PackedLayer
+
+
+@dataclass
+class Pass:
+    """One forward pass of the decoder under the methods: a prefill of one branch, or a step of all of them.
+
+    `real` and `image_mask` (R, L) bool are over the logical columns of the prompt and all that came after;
+    `first_query` (R,). `sinks` holds, by layer, what the prefill found; a prefill fills it, a step reads it.
+    """
+
+    real: Tensor
+    image_mask: Tensor
+    first_query: Tensor
+    cache: Cache | None
+    prefill: bool
+    sinks: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+    told: dict[str, list[tuple[int, dict[str, Tensor]]]] = field(default_factory=dict)
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("lvlm_fix_pass", default=None)
+
+
+def made_by_the_pass(*args: Any, **kwargs: Any) -> Any:
+    """A mask function: under a pass the masks are its own, so that none of T x T elements is made."""
+    return NotImplemented if _PASS.get() is None else None
+
+
+class MethodAttention:
+    """Stands in for the self-attention of a model's decoder while a `Pass` runs, and for nothing else."""
+
+    def __init__(self, model: Any, family: Family, methods: tuple[Method, ...]) -> None:
+        self.methods = methods
+        self.modules = family.decoder_attention(model)
+        self.decoder_layers = list(family.decoder(model).layers)
+        self.index = {id(module): index for index, module in enumerate(self.modules)}
+        self.interception = Interception(self.modules, self._attend, own_mask=made_by_the_pass)
+        self.hidden_states: Tensor | None = None
+        self.handles: list[Any] = []
+
+    def install(self) -> None:
+        self.interception.install()
+        for layer in self.decoder_layers:
+            self.handles.append(layer.register_forward_pre_hook(self._remember_input, with_kwargs=True))
+
+    def remove(self) -> None:
+        self.interception.remove()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.hidden_states = None
+
+    @contextmanager
+    def running(self, this: Pass) -> Any:
+        """Within, the decoder's layers attend as the methods say."""
+        token = _PASS.set(this)
+        try:
+            yield this
+        finally:
+            _PASS.reset(token)
+            self.hidden_states = None
+
+    def _remember_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        this = _PASS.get()
+        if this is not None and this.prefill:
+            self.hidden_states = args[0] if args else kwargs["hidden_states"]
+
+    def _attend(
+        self,
+        proceed: Proceed,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        this = _PASS.get()
+        if this is None:
+            return proceed(module, query, key, value, mask, **options)
+        _refuse_what_is_not_plain_attention(key.shape[-2], options)
+        layer = self.index[id(module)]
+        step = self._step(this, layer, query, key, value, options.get("scaling"))
+        for method in self.methods:
+            step = method.attention(step)
+            if step.told:
+                this.told.setdefault(method.name, []).append((layer, step.told))
+                step = replace(step, told={})
+        output = _attention(step)
+        if this.prefill:
+            self._keep(this, step)
+        return output.transpose(1, 2).contiguous(), None
+
+    def _step(
+        self, this: Pass, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> AttentionStep:
+        masks = {"real": this.real, "image_mask": this.image_mask, "sinks": this.sinks.get(layer)}
+        packed = this.cache.layers[layer] if this.cache is not None else None
+        for name, mask in masks.items():
+            if mask is None:
+                continue
+            mask = mask.to(key.device)
+            if isinstance(packed, PackedLayer):
+                columns = packed.columns
+                filled = columns >= 0
+                mask = _widen(mask, int(packed.get_seq_length())).gather(1, columns.clamp_min(0)) & filled
+            masks[name] = _widen(mask, key.shape[2])
+        return AttentionStep(
+            layer=layer,
+            layers=len(self.modules),
+            query=query,
+            key=key,
+            value=value,
+            scale=scale,
+            first_query=this.first_query.to(key.device),
+            hidden_states=self.hidden_states if this.prefill else None,
+            shared=this.shared,
+            **masks,  # type: ignore[arg-type]
+        )
+
+    def _keep(self, this: Pass, step: AttentionStep) -> None:
+        """What later steps need of this layer's prefill: its sinks, and the cache that a method wants."""
+        if step.sinks is not None:
+            this.sinks[step.layer] = step.sinks
+        if this.cache is None:
+            return
+        for method in self.methods:
+            layer = method.cache(step)
+            if layer is not None:
+                this.cache.layers[step.layer] = layer
+
+
+def _attention(step: AttentionStep) -> Tensor:
+    masked = {"key_mask": step.real, "scale": step.scale}
+    if step.important is not None:
+        moved = step.redistribution
+        return sparse_prefill(
+            step.query, step.key, step.value, step.important, redistribution=moved, **masked
+        )
+    if step.redistribution is None:
+        nothing = torch.zeros_like(step.image_mask)
+        idle = {"rho": 0.0, "min_image_attention": 0.0, "p": 0.0, "first_query": 0}
+        return visual_attention(step.query, step.key, step.value, nothing, nothing, **idle, **masked)  # type: ignore[arg-type]
+    moved = step.redistribution
+    return visual_attention(
+        step.query,
+        step.key,
+        step.value,
+        moved.image_mask,
+        moved.sink_mask,
+        rho=moved.rho,
+        min_image_attention=moved.min_image_attention,
+        p=moved.p,
+        first_query=moved.first_query,
+        **masked,  # type: ignore[arg-type]
+    )
+
+
+def _widen(mask: Tensor, width: int) -> Tensor:
+    """Columns that came after the prompt are neither image nor sinks."""
+    missing = width - mask.shape[1]
+    return torch.cat([mask, mask.new_zeros(len(mask), missing)], dim=1) if missing > 0 else mask
+
+
+def _refuse_what_is_not_plain_attention(keys: int, options: dict[str, Any]) -> None:
+    window = options.get("sliding_window")
+    if options.get("softcap") is not None or (window is not None and keys > window):
+        raise UnsupportedModelError(
+            "this decoder caps its attention logits or slides a window over its keys: VAR and ZipVL work on plain "
+            "causal attention; attach methods without the attention stage, such as VTCCLS or DAMRO"
+        )
+
+
+def first_query(image_mask: Tensor) -> Tensor:
+    """Column (R,) after the last image token of each row of (R, T); T where there is none."""
+    width = image_mask.shape[1]
+    after = torch.arange(1, width + 1, device=image_mask.device) * image_mask
+    last = after.amax(1)
+    return torch.where(last > 0, last, width)

@@ -1,0 +1,145 @@
+"""Images as the model encodes them, with what the vision tower, or a companion, says of their tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from lvlm_fix.errors import PromptError
+from lvlm_fix.models.base import Family
+from lvlm_fix.recorder import TowerRecorder
+from lvlm_fix.vision import VisionEncoding
+
+REPEATS_PICTURES = not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
+"""Whether `generate` hands pixels on, repeated for beams, instead of encoding them once before."""
+
+
+class Companion(Protocol):
+    """Scores the patches of a crop where the model's own tower has no CLS token."""
+
+    source: str
+
+    def maps(self, crops: list[Tensor], grids: list[tuple[int, int]], family: Family) -> list[Tensor]:
+        """Scores (S, rows, columns) of each crop (3, H, W), normalised as the family's processor does, on its grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One image as it was encoded.
+
+    Attributes:
+        features: (N, C) its tokens.
+        vision: what is known of them.
+        context: the arguments of the call that encoded it, and under `result` what it returned.
+        place: which of the images of that call it is.
+    """
+
+    features: Tensor
+    vision: VisionEncoding
+    context: Mapping[str, Any]
+    place: int
+
+
+class ImageEncoder:
+    """Stands in for a model's `get_image_features` and keeps what was said beside the features."""
+
+    def __init__(self, model: Any, family: Family, reads_scores: bool, companion: Companion | None) -> None:
+        self.model, self.family, self.reads_scores = model, family, reads_scores
+        self.companion = companion
+        self.recorder = TowerRecorder(model, family) if reads_scores and companion is None else None
+        self.plain: Callable = family.encoder(model).get_image_features
+        self.signature = inspect.signature(self.plain)
+        self.arguments = tuple(self.signature.parameters)
+        self.known: dict[int, Encoded] = {}  # by the identity of an image's features
+
+    def install(self) -> None:
+        if self.recorder is not None:
+            self.recorder.install()
+
+    def remove(self) -> None:
+        if self.recorder is not None:
+            self.recorder.remove()
+        self.known.clear()
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, whose result `generate` hands on to the prefill."""
+        inputs = dict(self.signature.bind(*args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        if self.recorder is not None:
+            self.recorder.clear()
+        result = self.plain(*args, **kwargs)
+        features = self.family.images(self.family.features(result), inputs)
+        context = inputs | {"result": result}
+        encodings = self._encodings(features, context)
+        self.known = {
+            id(feature): Encoded(feature, seen, context, place)
+            for place, (feature, seen) in enumerate(zip(features, encodings, strict=True))
+        }
+        return self.family.with_features(result, features)
+
+    def _encodings(self, features: list[Tensor], inputs: Mapping[str, Any]) -> list[VisionEncoding]:
+        if not self.reads_scores:
+            return [VisionEncoding.unread(len(feature)) for feature in features]
+        if self.companion is not None:
+            grids = self.family.token_grids(self.model, inputs)
+            maps = self.companion.maps(self.family.pixels(self.model, inputs), grids, self.family)
+            return self.family.encodings(self.model, maps, inputs, self.companion.source)
+        assert self.recorder is not None
+        maps = self.family.maps(self.model, self.recorder.crops(), inputs)
+        return self.family.encodings(self.model, maps, inputs, self.recorder.source)
+
+    def _encode_here(self, kwargs: Mapping[str, Any], input_ids: Tensor) -> list[Tensor]:
+        """Features of the pictures among the arguments of a forward pass, one an image, in reading order.
+
+        Older transformers repeat pictures for beams one by one, so that a prompt's second picture would follow its
+        first one's repetitions: each is encoded once and put where its prompt has it.
+        """
+        inputs = {name: kwargs[name] for name in self.arguments if kwargs.get(name) is not None}
+        beams = _beams(inputs, input_ids) if REPEATS_PICTURES else 1
+        if beams == 1:
+            return self.family.features(self.get_image_features(**inputs))
+        once = {
+            name: value[::beams].contiguous() if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        left = self.family.features(self.get_image_features(**once))
+        features = []
+        for count in (input_ids[::beams] == self.family.image_token_id(self.model)).sum(1).tolist():
+            own: list[Tensor] = []
+            while left and sum(map(len, own)) < count:
+                own.append(left.pop(0))
+            features += own * beams
+        return features
+
+    def images(self, kwargs: Mapping[str, Any], input_ids: Tensor) -> list[Encoded]:
+        """The images of a forward pass, in reading order: encoded by `generate` before, or here from pixels."""
+        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        features = self._encode_here(kwargs, input_ids) if given is None else self.family.features(given)
+        if any(id(feature) not in self.known for feature in features):
+            raise PromptError(
+                "the image features were not made under this attach, or were cut in chunks, so their CLS scores are "
+                "unknown: pass pixel_values, and leave mm_encoder_outputs and prefill_chunk_size out"
+            )
+        return [self.known[id(feature)] for feature in features]
+
+
+def _beams(inputs: dict[str, Any], input_ids: Tensor) -> int:
+    """How often each picture and each prompt, row by row, was repeated for beams."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    if any(len(value) != len(tensors[0]) for value in tensors):
+        return 1
+    for beams in range(len(input_ids), 1, -1):
+        if all(len(value) % beams == 0 and _repeats(value, beams) for value in (input_ids, *tensors)):
+            return beams
+    return 1
+
+
+def _repeats(value: Tensor, times: int) -> bool:
+    groups = value.unflatten(0, (-1, times))
+    return torch.equal(groups, groups[:, :1].expand_as(groups))

@@ -1,0 +1,103 @@
+"""VAR: see what you are told. Visual attention sink in large multimodal models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from lvlm_fix.functional import image_centric_heads, sink_tokens
+from lvlm_fix.kernels import Redistribution
+from lvlm_fix.methods.base import AttentionStep, Method
+
+
+@dataclass(frozen=True)
+class VAR(Method):
+    """Give the attention that sinks hoard back to the image (Kang et al., arXiv 2503.03321, ICLR 2025).
+
+    A few tokens, of the image too, draw attention though they tell nothing: their hidden states are massive in a
+    few dimensions. In heads that look at the image, they give the fraction `p` of their weight to the image's other
+    tokens. The first two layers and the last are left alone, and so is every query before the end of the image.
+
+    `tau` is the paper's threshold for decoders 4096 wide and more; |x| / rms(x) cannot pass the root of the width, so
+    for narrower ones it is scaled by it. `sink_dims=None` takes those of the model, see `find_sink_dims`.
+
+    Raises:
+        ValueError: `rho`, `p` or `min_image_attention` is outside 0..1, `tau` is not positive, or `first_layer` is
+            negative.
+
+    >>> VAR.for_model("llava-1.5", task="pope")
+    VAR(p=0.6, rho=0.5, min_image_attention=0.2, tau=20.0, first_layer=2, sink_dims=None)
+    """
+
+    p: float = 0.6  # fraction of every sink's weight that moves
+    rho: float = 0.8  # least non-sink share of the image's attention in an image-centric head
+    min_image_attention: float = 0.2  # least attention to the image in such a head
+    tau: float = 20.0  # |x| / rms(x) above which a token is a sink
+    first_layer: int = 2  # first layer that is changed
+    sink_dims: tuple[int, ...] | None = None  # dimensions with massive activations
+
+    name: ClassVar[str] = "var"
+    paper: ClassVar[str] = "arXiv 2503.03321"
+
+    def __post_init__(self) -> None:
+        shares = all(0 <= value <= 1 for value in (self.p, self.rho, self.min_image_attention))
+        if not (shares and self.tau > 0 and self.first_layer >= 0):
+            raise ValueError(
+                f"{self}: p, rho and min_image_attention must lie in 0..1, tau above 0 and first_layer not below 0"
+            )
+        if self.sink_dims is not None:
+            object.__setattr__(self, "sink_dims", tuple(int(dim) for dim in self.sink_dims))
+
+    def prepare(self, model: Any) -> VAR:
+        if self.sink_dims is not None:
+            return self
+        from lvlm_fix.sinks import find_sink_dims
+
+        return replace(self, sink_dims=find_sink_dims(model).dims)
+
+    def threshold(self, width: int) -> float:
+        """`tau` for a decoder of this width."""
+        return self.tau * min(1.0, (width / 4096) ** 0.5)
+
+    def attention(self, step: AttentionStep) -> AttentionStep:
+        if not self.first_layer <= step.layer < step.layers - 1 or not self.sink_dims:
+            return step
+        sinks = step.sinks
+        if step.hidden_states is not None:
+            threshold = self.threshold(step.hidden_states.shape[-1])
+            sinks = sink_tokens(step.hidden_states, self.sink_dims, threshold) & step.real
+            step = self._tell(step, sinks)
+            # The paper leaves a layer without image sinks alone; None spares decoding the question.
+            sinks = sinks if bool((sinks & step.image_mask).any()) else None
+        if sinks is None:
+            return step
+        gate = (self.rho, self.min_image_attention, self.p)
+        return replace(
+            step,
+            sinks=sinks,
+            redistribution=Redistribution(step.image_mask, sinks, step.first_query, *gate),
+        )
+
+    def _tell(self, step: AttentionStep, sinks: Any) -> AttentionStep:
+        """Report the sinks, and which heads are image-centric for the prompt's last token: one query row a head."""
+        groups = step.query.shape[1] // step.key.shape[1]
+        logits = step.query[:, :, -1:].float() @ step.key.repeat_interleave(groups, dim=1).float().mT
+        logits = logits * (step.query.shape[-1] ** -0.5 if step.scale is None else step.scale)
+        weights = logits.masked_fill(~step.real[:, None, None], float("-inf")).softmax(-1)
+        heads = image_centric_heads(weights, step.image_mask, sinks, self.rho, self.min_image_attention)
+        return replace(step, told={"sinks": sinks, "heads": heads[..., 0]})
+
+    @classmethod
+    def for_model(cls, model: str, task: str = "general") -> VAR:
+        """The paper's `rho` for a task: 0.8 `general`, 0.5 `pope` and `captions` (hallucination), 0.9 `vision`.
+
+        It holds for `llava-1.5`, `llava-next` and `instructblip`; the sink dimensions are those of the model at hand.
+        """
+        rho = {"general": 0.8, "pope": 0.5, "captions": 0.5, "vision": 0.9}
+        models = ("llava-1.5", "llava-next", "instructblip")
+        if model not in models or task not in rho:
+            raise ValueError(
+                f"VAR has no setting for model {model!r} and task {task!r}: models are {', '.join(models)}; tasks are "
+                f"{', '.join(rho)}"
+            )
+        return cls(rho=rho[task])

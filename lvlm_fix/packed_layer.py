@@ -1,0 +1,257 @@
+"""ZipVL's KV cache (arXiv 2410.08584): important tokens at 4 bits, the rest at 2, the newest as they are.
+
+Letters: R rows of the batch, H key heads, T prompt columns, K slots of a group, S slots in all, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin
+
+from lvlm_fix._tensors import require, require_bool, sizes
+from lvlm_fix.quantization import QuantizedTensor, dequantize_kv, quantize_kv
+
+__all__ = ["PackedGroup", "PackedLayer"]
+
+# Generated tokens are packed this many at a time. A group has its own key ranges, two numbers a channel: over 64
+# tokens they add half a bit to a 4-bit code. Fewer would cost more; with more, tokens wait longer at full size.
+GROUP = 64
+# The place of an empty slot. Places count from the end of the prompt, so padding on the left moves none.
+EMPTY = torch.iinfo(torch.int32).min
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroup:
+    """Tokens of one precision, (R, H, K, D), K may be 0; `places` (R, 1, K, 1) int32 are columns minus T, or EMPTY.
+
+    Ranges are a row's own, so its tokens come back the same whatever rows are beside it.
+    """
+
+    keys: QuantizedTensor
+    values: QuantizedTensor
+    places: Tensor
+
+    @classmethod
+    def pack(cls, keys: Tensor, values: Tensor, places: Tensor, bits: int) -> PackedGroup:
+        """Pack the tokens whose place in `places` (R, 1, N, 1) is not EMPTY, N at least 1."""
+        chosen = places != EMPTY
+        counts = chosen.sum(2, keepdim=True)
+        width = int(counts.max())
+        # With no token at all, one zero is packed, since a range needs something, and cut off again.
+        order = chosen.byte().argsort(dim=2, descending=True, stable=True)[:, :, : max(width, 1)]
+        filled = torch.arange(order.shape[2], device=order.device)[:, None] < counts
+        # A copy of the row's first token moves no minimum and no maximum. Rows without tokens hold zeros: padding
+        # may be NaN, which an attention weight of zero would not silence.
+        order = torch.where(filled, order, order[:, :, :1])
+        keys, values = (x.take_along_dim(order, dim=2).masked_fill(counts == 0, 0) for x in (keys, values))
+        packed_values = quantize_kv(values, bits, dim=-1, channel_normalize=True)
+        places = places.take_along_dim(order, dim=2).masked_fill(~filled, EMPTY)
+        group = cls(quantize_kv(keys, bits, dim=-2), packed_values, places)
+        return group if width else cls.each(lambda x: x[:, :, :0].clone(), group)
+
+    @classmethod
+    def each(cls, change: Callable[..., Tensor], *groups: PackedGroup) -> PackedGroup:
+        """`change`, of rows or of device, made to the tensors of the same name in all groups."""
+        keys = _each(change, *(group.keys for group in groups))
+        values = _each(change, *(group.values for group in groups))
+        return cls(keys, values, change(*(group.places for group in groups)))
+
+
+class PackedLayer(CacheLayerMixin):
+    """One decoder layer's keys and values: prompt tokens packed in two precisions, newest tokens as they are.
+
+    A layer for `transformers.Cache(layers=[...])`: `compress` makes one from a prefilled cache, the constructor
+    an empty one. `keys`, `values` and `places` hold the newest tokens alone (the tail). `groups` holds the
+    important tokens, the rest, then one group for every 64 tokens appended.
+
+    `update` returns S slots, often fewer than the `get_seq_length()` tokens seen and in another order: positions
+    have gone into the keys (RoPE), so only the attention mask needs `columns` to know what a slot is. The packed
+    part is dequantised anew each time; to keep the result would undo the saving.
+
+    Source: ZipVL, arXiv 2410.08584, mixed-precision KV cache.
+
+    >>> keys, values = torch.randn(2, 1, 4, 600, 64)
+    >>> important, real = torch.arange(600)[None] < 180, torch.ones(1, 600, dtype=torch.bool)
+    >>> layer = PackedLayer.compress(keys, values, important, real)
+    >>> now, _ = layer.update(torch.randn(1, 4, 1, 64), torch.randn(1, 4, 1, 64))
+    >>> now.shape, layer.columns[0, -1].item(), layer.nbytes < layer.full_nbytes / 3
+    (torch.Size([1, 4, 601, 64]), 600, True)
+    """
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    groups: list[PackedGroup]
+    appended: int
+
+    def __init__(self, *, bits: int = 4, low_bits: int = 2, window: int = 32) -> None:
+        require({bits, low_bits} <= {2, 4, 8}, f"bits and low_bits must be 2, 4 or 8, got {bits}, {low_bits}")
+        require(window >= 1, f"window must be at least 1 token, got {window}")
+        super().__init__()
+        self.bits, self.low_bits, self.window = bits, low_bits, window
+        self.reset()
+
+    @classmethod
+    def compress(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        important: Tensor,
+        real: Tensor,
+        *,
+        bits: int = 4,
+        low_bits: int = 2,
+        window: int = 32,
+        evict: bool = False,
+    ) -> PackedLayer:
+        """Pack the keys and values of a prefilled prompt, (R, H, T, D) each.
+
+        Args:
+            important: (R, T) bool, the tokens that get `bits`, as generated ones do; others get `low_bits`.
+            real: (R, T) bool, False = padding, which is not packed.
+            bits, low_bits: 2, 4 or 8.
+            window: how many of the newest tokens stay as they are, important or not; at least 1.
+            evict: drop the tokens that are not important.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, a mask is not bool, or a number is out of range.
+        """
+        masks = {"important": (important, "R T"), "real": (real, "R T")}
+        sizes(keys=(keys, "R H T D"), values=(values, "R H T D"), **masks)
+        require_bool(important=important, real=real)
+        same = keys.is_floating_point() and keys.dtype == values.dtype
+        require(same, f"keys and values must share a float dtype, got {keys.dtype} and {values.dtype}")
+        layer = cls(bits=bits, low_bits=low_bits, window=window)
+        layer.lazy_initialization(keys, values)
+        layer.prompt = keys.shape[2]
+        places = torch.arange(-layer.prompt, 0, dtype=torch.int32, device=real.device)
+        places = torch.where(real, places, EMPTY)[:, None, :, None]
+        layer.keys, layer.values, layer.places = keys, values, places
+        keys, values, places = layer._cut(layer.prompt - window)
+        for chosen, precision in ((important, bits), (~important & (not evict), low_bits)):
+            chosen_places = places.masked_fill(~chosen[:, None, :, None], EMPTY)
+            layer.groups.append(PackedGroup.pack(keys, values, chosen_places, precision))
+        return layer
+
+    @classmethod
+    def stack(cls, layers: Sequence[PackedLayer]) -> PackedLayer:
+        """The rows of all layers in one, as if every prompt had been left-padded to the longest.
+
+        Raises:
+            ValueError: there is no layer, one is empty, or they differ in more than rows and prompt length.
+        """
+        filled = len(layers) > 0 and all(layer.is_initialized for layer in layers)
+        require(filled, "layers to stack must be at least one and hold tokens: compress their prompts first")
+        kinds = {(x.bits, x.low_bits, x.window, x.appended, *x.keys.shape[1::2], x.dtype) for x in layers}
+        names = "(bits, low_bits, window, tokens appended, heads, head width, dtype)"
+        require(len(kinds) == 1, f"layers to stack must have the same {names}, got {sorted(map(str, kinds))}")
+        stacked = copy(layers[0])
+        stacked.prompt = max(layer.prompt for layer in layers)
+        stacked._each(_cat_rows, *layers)
+        return stacked
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens (R, H, Q, D); all keys and values, (R, H, S, D) each, in the order of `columns`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, self.appended = self.appended, self.appended + key_states.shape[2]
+        places = torch.arange(before, self.appended, dtype=torch.int32, device=key_states.device)
+        places = places[:, None].expand(len(key_states), 1, -1, 1)
+        self.keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        self.places = torch.cat([self.places, places], dim=2)
+        # With every 64th token appended, all that is older than the window is packed. A count of the tail's
+        # columns would not do: a short prompt's tail is narrower alone than beside a longer prompt.
+        for due in range(before - before % GROUP + GROUP, self.appended + 1, GROUP):
+            old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
+            self.groups.append(PackedGroup.pack(*old, self.bits))
+        packed_keys = [dequantize_kv(group.keys) for group in self.groups]
+        packed_values = [dequantize_kv(group.values) for group in self.groups]
+        return torch.cat([*packed_keys, self.keys], dim=2), torch.cat([*packed_values, self.values], dim=2)
+
+    @property
+    def columns(self) -> Tensor:
+        """(R, S) long, what each slot is: 0..T-1 in the prompt, then appended tokens, -1 = an empty slot."""
+        places = torch.cat([*(group.places for group in self.groups), self.places], dim=2)[:, 0, :, 0].long()
+        return torch.where(places == EMPTY, -1, places + self.prompt)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: packed codes, scales, zero points, channel scales, tail and columns."""
+        packed = [part for group in self.groups for part in (group.keys, group.values, group.places)]
+        return sum(part.nbytes for part in (self.keys, self.values, self.places, *packed))
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of a cache that holds every column seen as it was."""
+        rows, heads, _, width = self.keys.shape
+        return 2 * rows * heads * self.get_seq_length() * width * self.keys.itemsize
+
+    # What transformers' Cache asks of a layer. Lengths are those of all columns seen, held or not.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.places = self.places.new_empty(len(key_states), 1, 0, 1, device=self.device)
+
+    def get_seq_length(self) -> int:
+        return self.prompt + self.appended
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = torch.empty(0, 0, 0, 0)
+        self.places = torch.empty(0, 1, 0, 1, dtype=torch.int32)
+        self.groups, self.prompt, self.appended, self.is_initialized = [], 0, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda tensor: tensor[beam_idx.to(tensor.device)])
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("packed tokens cannot be taken back: generate without assisted decoding")
+
+    def _cut(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the oldest `count` tokens off the tail; returns it as it was, the places of those that stay EMPTY."""
+        tail = keys, values, places = self.keys, self.values, self.places
+        # Clones: slices would keep the memory of what was cut off.
+        self.keys, self.values, self.places = (x[:, :, max(count, 0) :].clone() for x in tail)
+        old = torch.arange(places.shape[2], device=places.device)[:, None] < count
+        return keys, values, places.masked_fill(~old, EMPTY)
+
+    def _each(self, change: Callable[..., Tensor], *layers: PackedLayer) -> None:
+        if self.is_initialized:
+            layers = layers or (self,)
+            self.keys, self.values, self.places = map(change, *((x.keys, x.values, x.places) for x in layers))
+            parts = zip(*(layer.groups for layer in layers), strict=True)
+            self.groups = [PackedGroup.each(change, *groups) for groups in parts]
+
+
+def _each(change: Callable[..., Tensor], *parts: QuantizedTensor) -> QuantizedTensor:
+    """`change` made to the tensors that have the same name in all `parts`."""
+    names = ("packed", "scale", "zero_point", "channel_scale")
+    tensors = {name: [getattr(part, name) for part in parts] for name in names}
+    changed: dict[str, Any] = {name: change(*held) for name, held in tensors.items() if held[0] is not None}
+    return replace(parts[0], **changed)
+
+
+def _cat_rows(*tensors: Tensor) -> Tensor:
+    """Tensors (R, ?, K, ?) along their rows; those of fewer slots get empty ones on the left."""
+    width, empty = max(x.shape[2] for x in tensors), EMPTY if tensors[0].dtype == torch.int32 else 0
+    return torch.cat([pad(x, (0, 0, width - x.shape[2], 0), value=empty) for x in tensors])
