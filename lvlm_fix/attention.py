@@ -34,6 +34,7 @@ class Pass:
     prefill: bool
     sinks: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    layers_seen: int = 0
     told: dict[str, list[tuple[int, dict[str, Tensor]]]] = field(default_factory=dict)
 
 
@@ -78,6 +79,11 @@ class MethodAttention:
         finally:
             _PASS.reset(token)
             self.hidden_states = None
+        if this.layers_seen != len(self.modules):
+            raise RuntimeError(
+                f"{this.layers_seen} of the decoder's {len(self.modules)} layers attended under the methods: lvlm-fix "
+                "assumes that each calls transformers' attention interface once in a forward pass"
+            )
 
     def _remember_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         this = _PASS.get()
@@ -99,6 +105,7 @@ class MethodAttention:
             return proceed(module, query, key, value, mask, **options)
         _refuse_what_is_not_plain_attention(key.shape[-2], options)
         layer = self.index[id(module)]
+        this.layers_seen += 1
         step = self._step(this, layer, query, key, value, options.get("scaling"))
         for method in self.methods:
             step = method.attention(step)

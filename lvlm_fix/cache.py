@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lvlm_fix.errors import PromptError
 from lvlm_fix.packed_layer import PackedLayer
 
 
@@ -50,6 +53,7 @@ class BranchedCache(Cache):
         layers = [list(branch.cache.layers) for branch in branches]
         super().__init__(layers=[_stacked(list(parts), width) for parts in zip(*layers, strict=True)])
         self.branches, self.full_length, self.width = len(branches), full_length, width
+        self.is_attached = False
         self.mask = torch.cat([_pad_left(branch.real, width, dim=1) for branch in branches])
         self.image_mask = torch.cat([_pad_left(branch.image_mask, width, dim=1) for branch in branches])
         self.next_position = torch.cat([branch.next_position for branch in branches])
@@ -65,6 +69,23 @@ class BranchedCache(Cache):
             )
             for layer in found
         }
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within, tokens may be added: only a model with the methods on knows what they must attend to."""
+        self.is_attached = True
+        try:
+            yield
+        finally:
+            self.is_attached = False
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_attached:
+            raise PromptError(
+                "past_key_values was made under attach, and the methods have been taken off since: attach the same "
+                "ones again, or start a new prompt"
+            )
+        return super().update(*args, **kwargs)
 
     def generated(self) -> int:
         """Number of tokens cached after the prompt."""

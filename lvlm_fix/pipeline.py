@@ -255,7 +255,7 @@ class Pipeline:
         if self.attention is not None:
             start = torch.zeros_like(cache.next_position)
             context = self.attention.running(Pass(real, cache.image_mask, start, cache, False, cache.sinks))
-        with context:
+        with context, cache.attached():
             output = self.plain_forward(input_ids=ids, **rest)
         parts = output.logits.split(rows)
         logits = parts[0]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
 
-from lvlm_fix import DAMRO, VTCCLS, AttachError, PromptError, UnsupportedModelError, attach, load
+from lvlm_fix import DAMRO, VTCCLS, AttachError, PromptError, UnsupportedModelError, ZipVL, attach, load
+from lvlm_fix.models.base import Family, layer_from
 
-pytestmark = pytest.mark.filterwarnings("ignore:damro with vtc_cls")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:damro with vtc_cls"),
+    pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning"),
+]
 
 PRUNE, CONTRAST = VTCCLS(keep=40, start_layer=0), DAMRO(alpha=1.0, beta=0.01, topk=7)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -336,6 +341,37 @@ def test_a_cache_made_with_other_methods_is_refused(random_llava, question):
         model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values)
 
 
+@pytest.mark.parametrize("fix", [(PRUNE,), (CONTRAST,), (ZipVL(),)], ids=lambda fix: fix[0].name)
+def test_a_cache_used_after_its_methods_are_gone_is_refused(random_llava, question, fix):
+    model, _ = random_llava
+    with attach(model, *fix):
+        first = says(model, question, return_dict_in_generate=True)
+    with pytest.raises(PromptError, match="made under attach, and the methods have been taken off since"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values)
+    with attach(model, *fix):
+        model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values)
+
+
+def test_a_decoder_that_attends_in_its_own_way_is_refused(small, question):
+    layer = small.model.language_model.layers[1].self_attn
+    layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with attach(small, ZipVL()), pytest.raises(RuntimeError, match="3 of the decoder's 4 layers attended"):
+        small(**question)
+
+
+def test_a_tower_that_attends_in_its_own_way_is_refused(small, question):
+    layer = small.model.vision_tower.encoder.layers[0].self_attn
+    layer.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with attach(small, PRUNE), pytest.raises(RuntimeError, match="tower's layers were not all seen"):
+        small(**question)
+
+
+def test_image_tokens_without_a_picture_are_refused(random_llava, question):
+    model, _ = random_llava
+    with attach(model, PRUNE), pytest.raises(PromptError, match="image tokens but no picture comes with it"):
+        model(input_ids=question["input_ids"])
+
+
 def test_calls_that_hide_the_prompt_are_refused(random_llava, question):
     model, _ = random_llava
     embeddings = model.get_input_embeddings()(question["input_ids"])
@@ -355,3 +391,17 @@ def test_training_and_tuple_calls_are_refused_in_words(embedded, sample_pictures
     inputs = ask(processor, ([sample_pictures["kitchen"]], "Describe the image."))
     with attach(model, VTCCLS()), pytest.raises(PromptError, match="without labels and return_dict=False"):
         model(**inputs, **extra)
+
+
+def test_the_readmes_family_is_all_that_a_family_needs(embedded, question, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in readme.split("```python\n") if block.startswith("class Llava(Family)"))
+    names = {"Family": Family, "layer_from": layer_from}
+    exec(code.split("```")[0], names)
+    model, _ = embedded
+    with attach(model, PRUNE, CONTRAST) as fix:
+        expected, report = says(model, question), fix.report
+    monkeypatch.setattr("lvlm_fix.models.FAMILIES", (names["Llava"](),))
+    with attach(model, PRUNE, CONTRAST) as fix:
+        assert torch.equal(says(model, question), expected)
+        assert fix.report == report
