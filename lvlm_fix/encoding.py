@@ -101,7 +101,10 @@ class ImageEncoder:
         first one's repetitions: each is encoded once and put where its prompt has it.
         """
         inputs = {name: kwargs[name] for name in self.arguments if kwargs.get(name) is not None}
-        beams = _beams(inputs, input_ids) if REPEATS_PICTURES else 1
+        is_image = input_ids == self.family.image_token_id(self.model)
+        # Without a KV cache the beams' own words follow: they are the same up to their last image token.
+        shared = input_ids[:, : int(is_image.any(0).nonzero().amax()) + 1] if is_image.any() else input_ids
+        beams = _beams(inputs, shared) if REPEATS_PICTURES else 1
         if beams == 1:
             return self.family.features(self.get_image_features(**inputs))
         once = {
@@ -110,7 +113,7 @@ class ImageEncoder:
         }
         left = self.family.features(self.get_image_features(**once))
         features = []
-        for count in (input_ids[::beams] == self.family.image_token_id(self.model)).sum(1).tolist():
+        for count in is_image[::beams].sum(1).tolist():
             own: list[Tensor] = []
             while left and sum(map(len, own)) < count:
                 own.append(left.pop(0))
@@ -129,13 +132,13 @@ class ImageEncoder:
         return [self.known[id(feature)] for feature in features]
 
 
-def _beams(inputs: dict[str, Any], input_ids: Tensor) -> int:
-    """How often each picture and each prompt, row by row, was repeated for beams."""
+def _beams(inputs: dict[str, Any], words: Tensor) -> int:
+    """How often each picture and each prompt's words, row by row, were repeated for beams."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if any(len(value) != len(tensors[0]) for value in tensors):
         return 1
-    for beams in range(len(input_ids), 1, -1):
-        if all(len(value) % beams == 0 and _repeats(value, beams) for value in (input_ids, *tensors)):
+    for beams in range(len(words), 1, -1):
+        if all(len(value) % beams == 0 and _repeats(value, beams) for value in (words, *tensors)):
             return beams
     return 1
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
 
-from lvlm_fix import DAMRO, VTCCLS, AttachError, PromptError, UnsupportedModelError, ZipVL, attach, load
+from lvlm_fix import DAMRO, VAR, VTCCLS, AttachError, PromptError, UnsupportedModelError, ZipVL, attach, load
 from lvlm_fix.models.base import Family, layer_from
 
 pytestmark = [
@@ -180,7 +180,15 @@ def test_a_device_map_gives_the_same_text(embedded, ask, sample_pictures):
 # -- what users do with it
 
 
-def test_a_transformers_pipeline_runs_with_the_methods(embedded, ask, sample_pictures):
+@pytest.mark.parametrize(
+    "fix",
+    [
+        (PRUNE, CONTRAST),
+        (ZipVL(tau=0.5, window=4, evict=True), VAR(tau=9.0, first_layer=1, sink_dims=(39, 20))),
+    ],
+    ids=["vtc_cls damro", "zipvl var"],
+)
+def test_a_transformers_pipeline_runs_with_the_methods(embedded, fix, sample_pictures):
     model, processor = embedded
     picture, asked = sample_pictures["street"], "Describe the image."
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
@@ -194,7 +202,7 @@ def test_a_transformers_pipeline_runs_with_the_methods(embedded, ask, sample_pic
         return answers[0]["generated_text"].strip()
 
     plain = piped()
-    with attach(model, PRUNE, CONTRAST):
+    with attach(model, *fix):
         fixed = piped()
         chat = processor.apply_chat_template(
             [{"role": "user", "content": content}],
