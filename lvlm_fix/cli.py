@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lvlm_fix.commands import build, describe, evaluate, methods, score
+from lvlm_fix.commands import build, describe, diagnose, evaluate, methods, report, score
 
 app = typer.Typer(
     name="lvlm-fix",
@@ -19,7 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("describe")(describe.describe)
+app.command("diagnose")(diagnose.diagnose)
 app.command("methods")(methods.methods)
+app.command("report")(report.report)
 app.add_typer(score.app, name="score")
 app.add_typer(build.app, name="build")
 app.add_typer(evaluate.app, name="eval")
