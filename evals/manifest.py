@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .processes import Process
 from .records import DataError, read_json
 from .settings import Decoding, Setting
 from .tasks import Task, file_hash
@@ -61,7 +62,7 @@ def describe(
         "environment": {
             "system": platform.platform(),
             "processors": os.cpu_count(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "processes": Process.from_environment().world,
         },
     }
 

@@ -6,7 +6,6 @@ never depends on where a run was stopped or how many processes share it.
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections import defaultdict
@@ -14,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from . import manifest as manifests
 from .memory import PeakMemory
+from .processes import Process, warn_if_alone
 from .results import Appender, Key, Row, merge, read_rows, results_file
 from .settings import Decoding, Setting, parse_settings
 from .summary import summarize
@@ -30,31 +30,6 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 PATIENCE = 1800.0  # seconds without a new line from any process, after which waiting for them ends
 _POLL = 0.2
-
-
-class Process(NamedTuple):
-    """Which of how many processes this is, as torchrun and `accelerate launch` say in the environment."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Process:
-        """Raises `ValueError` for variables that do not go together."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        given = [os.environ.get(name) for name in names]
-        if given[0] is None or given[1] is None:
-            return cls()
-        try:
-            process = cls(*(int(value or 0) for value in given))
-        except ValueError:
-            raise ValueError(
-                f"RANK, WORLD_SIZE, LOCAL_RANK are {given}; they must be whole numbers"
-            ) from None
-        if not 0 <= process.rank < process.world:
-            raise ValueError(f"RANK is {process.rank} of WORLD_SIZE {process.world}; ranks count from 0")
-        return process
 
 
 @dataclass(frozen=True)
@@ -106,6 +81,7 @@ def run(
     if batch_size < 1:
         raise ValueError("batch_size counts from 1")
     process, out = Process.from_environment(), Path(out)
+    warn_if_alone()
     chosen = parse_settings(settings)
     decoding = decoding or Decoding(max_new_tokens=task.max_new_tokens)
     lvlm, name = _load(model, dtype, device_map, process)

@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lvlm_fix.commands import build, describe, diagnose, evaluate, methods, report, score
+from lvlm_fix.commands import build, describe, diagnose, evaluate, methods, report, score, tune
 
 app = typer.Typer(
     name="lvlm-fix",
@@ -25,6 +25,7 @@ app.command("report")(report.report)
 app.add_typer(score.app, name="score")
 app.add_typer(build.app, name="build")
 app.add_typer(evaluate.app, name="eval")
+app.command("tune")(tune.tune)
 
 
 @app.callback(invoke_without_command=True)
