@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "lvlm_fix.loading",
-    "attach": "lvlm_fix.attachment",
+    "attach": "lvlm_fix.attaching",
     "Attachment": "lvlm_fix.attachment",
     "diagnose": "lvlm_fix.diagnosis",
     "Diagnosis": "lvlm_fix.diagnosis",
@@ -33,8 +33,8 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from lvlm_fix.attaching import attach as attach
     from lvlm_fix.attachment import Attachment as Attachment
-    from lvlm_fix.attachment import attach as attach
     from lvlm_fix.companion import CLSFrom as CLSFrom
     from lvlm_fix.diagnosis import Diagnosis as Diagnosis
     from lvlm_fix.diagnosis import diagnose as diagnose

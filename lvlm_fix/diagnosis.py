@@ -20,6 +20,7 @@ from lvlm_fix.models import family_of
 from lvlm_fix.observation import Observer, View, observed, tokens_seen, view_of
 from lvlm_fix.pictures import Picture, open_picture
 from lvlm_fix.premises import Premise, Seen
+from lvlm_fix.prompting import model_inputs
 from lvlm_fix.sinks import SinkDims, find_sink_dims
 
 BY_LAYER = (
@@ -127,19 +128,18 @@ def diagnose(
     >>> diagnose(*load(), [Image.new("RGB", (144, 144), "teal")]).premises["zipvl"].holds
     False
     """
-    from lvlm_fix.wrapper import LVLM
-
     family = family_of(model)
     pictures: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     if not pictures:
         raise ValueError("diagnose needs at least one picture: pass images=[...]")
     opened = [(_name(one, number), open_picture(one)) for number, one in enumerate(pictures, 1)]
-    asked, observer = LVLM(model, processor), Observer(find_sink_dims(model))
+    observer = Observer(find_sink_dims(model))
     candidates: dict[str, Method] = {name: method() for name, method in METHODS.items()}
     seen: list[Seen] = []
     views: list[View] = []
     for name, image in opened:
-        encoded, states = observed(model, family, observer, asked.inputs([[image]], [question]), scores)
+        inputs = model_inputs(model, processor, [[image]], [question])
+        encoded, states = observed(model, family, observer, inputs, scores)
         own = tokens_seen(model, family, encoded, states)
         if len(own[0].vision.layer_scores) < 4:  # VTC-CLS's default needs four
             candidates[VTCCLS.name] = VTCCLS(start_layer=0)

@@ -69,13 +69,13 @@ class SinkDims:
         Raises:
             ValueError: the profile was not measured; call `find_sink_dims` with `picture=`.
         """
-        from lvlm_fix.diagnosis_plot import draw_sink_dims
+        from lvlm_fix.sinks_plot import draw_sink_dims
 
         if not self.profile:
             raise ValueError(
                 "these sink dimensions were not measured now: call find_sink_dims(model, picture=PATH)"
             )
-        draw_sink_dims(self, path)
+        draw_sink_dims(self, MASSIVE, path)
 
 
 def find_sink_dims(model: Any, *, picture: str | Path | None = None, use_cache: bool = True) -> SinkDims:

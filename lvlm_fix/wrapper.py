@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from lvlm_fix.attachment import Attachment, attach
+from lvlm_fix.attaching import attach
+from lvlm_fix.attachment import Attachment
 from lvlm_fix.errors import PromptError
 from lvlm_fix.loading import EMBEDDED, load
 from lvlm_fix.methods import Method
 from lvlm_fix.pictures import Picture, open_picture
+from lvlm_fix.prompting import model_inputs
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class LVLM:
         pictures = [
             [open_picture(one) for one in (item if isinstance(item, tuple) else (item,))] for item in images
         ]
-        inputs = self.inputs(pictures, questions)
+        inputs = model_inputs(self.model, self.processor, pictures, questions)
         generation.setdefault("do_sample", False)
         context = self._attached(fix) if fix else contextlib.nullcontext()
         started = time.perf_counter()
@@ -99,34 +101,10 @@ class LVLM:
         answers = self._answers(sequences, pictures, report, seconds)
         return answers if batched else answers[0]
 
-    def inputs(self, pictures: list[list[Any]], questions: list[str]) -> Any:
-        """What `model.generate` takes: one row for each question about its own Pillow pictures."""
-        prompts = [self._prompt(text, len(some)) for text, some in zip(questions, pictures, strict=True)]
-        inputs = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
-        return inputs.to(self.model.device, self.model.dtype)
-
     def _attached(self, fix: Sequence[Method | str]) -> Attachment:
         attached = attach(self.model, *fix, processor=self.processor)
         attached.pipeline.first_look.warned = self._warned
         return attached
-
-    def _prompt(self, text: str, pictures: int) -> str:
-        token = str(self.processor.image_token)
-        if not text.strip():
-            raise PromptError("the question is empty: ask something, such as 'Describe the image.'")
-        if token in text:
-            raise PromptError(f"the question holds {token}: leave it out, one is put in for each picture")
-        if hasattr(self.processor, "qformer_tokenizer"):
-            # InstructBLIP's processor puts the picture in by itself; the model was trained on bare instructions.
-            if pictures != 1:
-                raise PromptError(
-                    f"InstructBLIP takes one picture for each question, and this has {pictures}"
-                )
-            return text.strip()
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text.strip()}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
 
     def _answers(self, sequences: Any, pictures: list, report: dict, seconds: float) -> list[Answer]:
         texts = self.processor.batch_decode(sequences, skip_special_tokens=True)

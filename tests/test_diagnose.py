@@ -23,6 +23,7 @@ from lvlm_fix.errors import PictureError
 from lvlm_fix.methods import METHODS
 from lvlm_fix.models import family_of
 from lvlm_fix.premises import Seen, damro, local_detail, var, vtc_cls, zipvl
+from lvlm_fix.prompting import model_inputs
 from lvlm_fix.vision import VisionEncoding
 
 GRID = 12
@@ -169,7 +170,7 @@ def test_tokens_needed_are_those_of_the_attention_itself(embedded, ask, sample_p
     model, processor = embedded
     question = "Describe the image."
     found = diagnose(model, processor, [sample_pictures["office"]], question=question)
-    inputs = LVLM(model, processor).inputs([[sample_pictures["office"]]], [question])
+    inputs = model_inputs(model, processor, [[sample_pictures["office"]]], [question])
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     attention = eager(**inputs, output_attentions=True).attentions
