@@ -1,7 +1,8 @@
 """Attention that each token gets from a few probe queries (ZipVL, arXiv 2410.08584).
 
-Only sums over probes and heads are kept, so the probes' weights are made a few heads at a time. A probe that
-counts for nothing has weight 0 in the sum: the sum is one product with a row of ones and zeros.
+Only sums over probes and heads are kept, so torch makes the probes' weights a few heads at a time. A probe that
+counts for nothing has weight 0 in the sum: the sum is one product with a row of ones and zeros. On CUDA, Triton
+makes no weights at all: see `lvlm_fix.kernels.fused.probe_scores`.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes, wide
 from lvlm_fix.kernels.dispatch import note, require_heads, require_one_dtype
+from lvlm_fix.kernels.fused.launch import fits
 from lvlm_fix.kernels.packing import spans
 
 __all__ = ["probe_scores"]
@@ -56,6 +58,11 @@ def probe_scores(
     if key_mask is not None:
         sizes(key=(key, "B K T D"), key_mask=(key_mask, "B T"))
         require_bool(key_mask=key_mask)
+    if fits(query):
+        from lvlm_fix.kernels.fused.probe_scores import fused_probe_scores
+
+        note("probe_scores", "triton")
+        return fused_probe_scores(query, key, positions, scale, key_mask)
     note("probe_scores", "torch")
     return _probe_scores(query, key, positions.long(), scale, key_mask)
 

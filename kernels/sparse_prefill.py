@@ -2,6 +2,7 @@
 
 The tokens are moved side by side, in raster order, so that plain causal attention is causal among them; items
 with fewer are filled up at the end, where no real query looks. With m of n tokens important the work is m^2 / n^2.
+On CUDA, Triton reads the tokens from where they stand: see `lvlm_fix.kernels.fused.sparse_prefill`.
 """
 
 from dataclasses import replace
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes
 from lvlm_fix.kernels.dispatch import attention_sizes, note
+from lvlm_fix.kernels.fused.launch import fits
 from lvlm_fix.kernels.packing import packed, take
-from lvlm_fix.kernels.visual_attention import Redistribution, plain_attention, redistributed_attention
+from lvlm_fix.kernels.visual_attention import Redistribution, plain_attention, visual_attention
 
 __all__ = ["sparse_prefill"]
 
@@ -62,16 +64,22 @@ def sparse_prefill(
     require_bool(important=important)
     if redistribution is not None:
         sizes(key=(key, "B K T D"), image_mask=(redistribution.image_mask, "B T"))
-    note("sparse_prefill", "torch")
 
     important = important if key_mask is None else important & key_mask
+    if fits(query) and redistribution is None:
+        from lvlm_fix.kernels.fused.sparse_prefill import fused_sparse_prefill
+
+        note("sparse_prefill", "triton")
+        return fused_sparse_prefill(query, key, value, important, scale=scale)
+    note("sparse_prefill", "torch")
     index, filled = packed(important, int(important.sum(-1).max()))
     q, k, v = take(query, index), take(key, index), take(value, index)
     if redistribution is None:
         among = plain_attention(q, k, v, scale=scale)
     else:
-        among = redistributed_attention(
-            q, k, v, _among(redistribution, important, index, filled), scale=scale
+        # Copied also on CUDA: the kernel that redistributes reads its keys in a row.
+        among = visual_attention(
+            q, k, v, scale=scale, **vars(_among(redistribution, important, index, filled))
         )
     out = query.new_zeros(n["B"], n["T"], n["H"], n["D"])
     item = torch.arange(n["B"], device=query.device)[:, None]

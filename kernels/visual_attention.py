@@ -9,17 +9,17 @@ A changed row is a rescaling of its weights w, column by column:
 
 Only rows after the image, of batch items with an image sink, are ever changed. So all rows run through torch's
 fused attention, and the few last ones are then computed again with their weights at hand, a block at a time.
+On CUDA one Triton kernel does both (`fused`).
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lvlm_fix._tensors import require, require_bool, require_unit_range, sizes, wide
+from lvlm_fix._tensors import sizes, wide
 from lvlm_fix.kernels.dispatch import attention_sizes, note
 from lvlm_fix.kernels.packing import spans, take
+from lvlm_fix.kernels.redistribution import Redistribution
 
 __all__ = ["Redistribution", "visual_attention"]
 
@@ -31,47 +31,6 @@ WIDENED = 2**20
 # Tokens that cost less to gather than a call of the fused attention does.
 SHORT = 64
 HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, eq=False)
-class Redistribution:
-    """Whose attention goes where: VAR's masks and parameters for one layer.
-
-    Args:
-        image_mask, sink_mask: (B, T) bool, image tokens, and sinks of the image and of the text.
-        first_query: int or (B,) tensor, position in 0..T of the first query that may be changed (left padding
-            counts, so padded items differ); T and beyond change none.
-        rho: least non-sink share of the image's attention, 0..1.
-        min_image_attention: least attention to the image, 0..1.
-        p: fraction of every sink's weight that is moved, 0..1.
-
-    Raises:
-        ValueError: masks differ in shape or are not bool, or a parameter is out of range.
-
-    Source: VAR, arXiv 2503.03321, eq. 3 and 4.
-
-    >>> mask = torch.tensor([[True, False]])
-    >>> Redistribution(mask, mask, first_query=1, rho=0.5, min_image_attention=0.2, p=0.6).p
-    0.6
-    """
-
-    image_mask: Tensor
-    sink_mask: Tensor
-    first_query: int | Tensor
-    rho: float
-    min_image_attention: float
-    p: float
-
-    def __post_init__(self) -> None:
-        n = sizes(image_mask=(self.image_mask, "B T"), sink_mask=(self.sink_mask, "B T"))
-        require_bool(image_mask=self.image_mask, sink_mask=self.sink_mask)
-        require_unit_range(rho=self.rho, min_image_attention=self.min_image_attention, p=self.p)
-        count = self.first_query.numel() if isinstance(self.first_query, Tensor) else 1
-        require(count in (1, n["B"]), f"first_query must be an int or have {n['B']} elements, got {count}")
-
-    def first_queries(self) -> Tensor:
-        """`first_query` as a tensor of one element or B, on the masks' device."""
-        return torch.as_tensor(self.first_query, device=self.image_mask.device).reshape(-1)
 
 
 @torch.no_grad()
@@ -120,6 +79,12 @@ def visual_attention(
     attention_sizes(query, key, value, key_mask)
     sizes(key=(key, "B K T D"), image_mask=(image_mask, "B T"), sink_mask=(sink_mask, "B T"))
     given = Redistribution(image_mask, sink_mask, first_query, rho, min_image_attention, p)
+    if query.is_cuda:
+        from lvlm_fix.kernels.fused.visual_front import fused_attention, takes
+
+        if takes(query):
+            note("visual_attention", "triton")
+            return fused_attention(query, key, value, given, causal, key_mask, scale)
     note("visual_attention", "torch")
     return redistributed_attention(query, key, value, given, causal, key_mask, scale)
 

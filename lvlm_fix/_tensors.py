@@ -35,13 +35,16 @@ def sizes(**tensors: tuple[Tensor, str]) -> dict[str, int]:
     """Sizes by letter; a letter that appears twice must have one size."""
     found: dict[str, int] = {}
     for name, (tensor, pattern) in tensors.items():
-        letters = pattern.split()
-        expected = ", ".join(f"{letter}={found[letter]}" if letter in found else letter for letter in letters)
-        fits = tensor.ndim == len(letters) and all(
-            found.get(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
+        letters, shape = pattern.split(), tensor.shape
+        fits = len(shape) == len(letters) and all(
+            found.get(letter, size) == size for letter, size in zip(letters, shape, strict=True)
         )
-        require(fits, f"{name} must have shape ({expected}), got {tuple(tensor.shape)}")
-        found.update(zip(letters, tensor.shape, strict=True))
+        if not fits:  # words cost more than the check, which runs in every layer of every step
+            expected = ", ".join(
+                f"{letter}={found[letter]}" if letter in found else letter for letter in letters
+            )
+            raise ValueError(f"{name} must have shape ({expected}), got {tuple(shape)}")
+        found.update(zip(letters, shape, strict=True))
     return found
 
 

@@ -1,7 +1,7 @@
 """The papers' equations, one pure torch function each: the oracle that every kernel is held to.
 
 Import them all from here. What the CLS token tells (DAMRO, VTC-CLS) is written out below; VAR is in
-`redistribution`, ZipVL in `importance` and `quantization`.
+`redistribution`, ZipVL in `importance`, `quantization` and `packed_attention`.
 
 Letters: B batch, H heads, K key and value heads, P probes, Q queries, T tokens, N image tokens, L layers,
 D width of a head, C width of a layer, V vocabulary. Sums and softmaxes run in float32, or in float64 for
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, require_unit_range, sizes, wide
 from lvlm_fix.importance import important_tokens, probe_importance
+from lvlm_fix.packed_attention import quantized_decode
 from lvlm_fix.quantization import QuantizedTensor, dequantize_kv, quantize_kv
 from lvlm_fix.redistribution import image_centric_heads, redistribute, sink_tokens, visual_attention
 
@@ -28,6 +29,7 @@ __all__ = [
     "outlier_tokens",
     "probe_importance",
     "quantize_kv",
+    "quantized_decode",
     "redistribute",
     "select_by_cls",
     "sink_tokens",

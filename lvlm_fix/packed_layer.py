@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from lvlm_fix._tensors import require, require_bool, sizes
-from lvlm_fix.quantization import QuantizedTensor, dequantize_kv, quantize_kv
+from lvlm_fix.kernels.pack import pack
+from lvlm_fix.quantization import QuantizedTensor, dequantize_kv
 
 __all__ = ["PackedGroup", "PackedLayer"]
 
@@ -51,9 +52,9 @@ class PackedGroup:
         # may be NaN, which an attention weight of zero would not silence.
         order = torch.where(filled, order, order[:, :, :1])
         keys, values = (x.take_along_dim(order, dim=2).masked_fill(counts == 0, 0) for x in (keys, values))
-        packed_values = quantize_kv(values, bits, dim=-1, channel_normalize=True)
         places = places.take_along_dim(order, dim=2).masked_fill(~filled, EMPTY)
-        group = cls(quantize_kv(keys, bits, dim=-2), packed_values, places)
+        packed_keys, packed_values = pack(keys, values, bits)
+        group = cls(packed_keys, packed_values, places)
         return group if width else cls.each(lambda x: x[:, :, :0].clone(), group)
 
     @classmethod
@@ -73,7 +74,8 @@ class PackedLayer(CacheLayerMixin):
 
     `update` returns S slots, often fewer than the `get_seq_length()` tokens seen and in another order: positions
     have gone into the keys (RoPE), so only the attention mask needs `columns` to know what a slot is. The packed
-    part is dequantised anew each time; to keep the result would undo the saving.
+    part is dequantised anew each time; to keep the result would undo the saving. Who attends by
+    `kernels.quantized_decode`, which reads `packed` and the tail, asks `update` not to dequantise.
 
     Source: ZipVL, arXiv 2410.08584, mixed-precision KV cache.
 
@@ -136,6 +138,8 @@ class PackedLayer(CacheLayerMixin):
         places = torch.where(real, places, EMPTY)[:, None, :, None]
         layer.keys, layer.values, layer.places = keys, values, places
         keys, values, places = layer._cut(layer.prompt - window)
+        if layer.prompt <= window:
+            return layer  # nothing is old enough to be packed
         for chosen, precision in ((important, bits), (~important & (not evict), low_bits)):
             chosen_places = places.masked_fill(~chosen[:, None, :, None], EMPTY)
             layer.groups.append(PackedGroup.pack(keys, values, chosen_places, precision))
@@ -153,13 +157,20 @@ class PackedLayer(CacheLayerMixin):
         kinds = {(x.bits, x.low_bits, x.window, x.appended, *x.keys.shape[1::2], x.dtype) for x in layers}
         names = "(bits, low_bits, window, tokens appended, heads, head width, dtype)"
         require(len(kinds) == 1, f"layers to stack must have the same {names}, got {sorted(map(str, kinds))}")
+        deepest = max(len(layer.groups) for layer in layers)
+        layers = [layer._with_groups(deepest) for layer in layers]
         stacked = copy(layers[0])
         stacked.prompt = max(layer.prompt for layer in layers)
         stacked._each(_cat_rows, *layers)
         return stacked
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens (R, H, Q, D); all keys and values, (R, H, S, D) each, in the order of `columns`."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, dequantize: bool = True, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens (R, H, Q, D); all keys and values, (R, H, S, D) each, in the order of `columns`.
+
+        With `dequantize=False` they are not made: two tensors of that shape are NaN and take no memory.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, self.appended = self.appended, self.appended + key_states.shape[2]
@@ -173,9 +184,21 @@ class PackedLayer(CacheLayerMixin):
         for due in range(before - before % GROUP + GROUP, self.appended + 1, GROUP):
             old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
             self.groups.append(PackedGroup.pack(*old, self.bits))
-        packed_keys = [dequantize_kv(group.keys) for group in self.groups]
-        packed_values = [dequantize_kv(group.values) for group in self.groups]
+        if not dequantize:
+            slots = self.keys.shape[2] + sum(group.places.shape[2] for group in self.groups)
+            shape = (*key_states.shape[:2], slots, key_states.shape[3])
+            nothing = key_states.new_full((1, 1, 1, 1), torch.nan).expand(shape)
+            return nothing, nothing
+        if not self.groups:
+            return self.keys, self.values
+        packed_keys = [dequantize_kv(keys) for keys, _ in self.packed]
+        packed_values = [dequantize_kv(values) for _, values in self.packed]
         return torch.cat([*packed_keys, self.keys], dim=2), torch.cat([*packed_values, self.values], dim=2)
+
+    @property
+    def packed(self) -> list[tuple[QuantizedTensor, QuantizedTensor]]:
+        """Keys and values of each group, in the order of `columns`, which ends with the tail."""
+        return [(group.keys, group.values) for group in self.groups]
 
     @property
     def columns(self) -> Tensor:
@@ -226,6 +249,18 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("packed tokens cannot be taken back: generate without assisted decoding")
+
+    def _with_groups(self, count: int) -> PackedLayer:
+        """The same with so many groups: a prompt that fits the window has none, which become empty ones in front."""
+        missing = count - len(self.groups)
+        if not missing:
+            return self
+        none = torch.full_like(self.places[:, :, :1], EMPTY)
+        token = self.keys[:, :, :1], self.values[:, :, :1]
+        precisions = (self.bits, self.low_bits)[:missing]
+        filled = copy(self)
+        filled.groups = [*(PackedGroup.pack(*token, none, bits) for bits in precisions), *self.groups]
+        return filled
 
     def _cut(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take the oldest `count` tokens off the tail; returns it as it was, the places of those that stay EMPTY."""

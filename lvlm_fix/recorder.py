@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lvlm_fix.functional import cls_scores
 from lvlm_fix.interception import Interception, Proceed
+from lvlm_fix.kernels import cls_row
 from lvlm_fix.models.base import Family
 
 PROBES = 64
@@ -73,7 +73,7 @@ class TowerRecorder:
     @staticmethod
     def _cls_row(query: Tensor, key: Tensor, heads: int | None = None) -> Tensor:
         heads = query.shape[1] if heads is None else heads
-        return cls_scores(query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2), heads)
+        return cls_row(query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2), heads)
 
     def crops(self) -> list[Tensor]:
         """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last."""

@@ -20,7 +20,8 @@ class AttentionStep:
 
     Attributes:
         layer, layers: index of this layer, and how many there are.
-        query, key, value: (R, H, Q, D), (R, K, T, D), (R, K, T, D); positions already rotated in.
+        query, key, value: (R, H, Q, D), (R, K, T, D), (R, K, T, D); positions already rotated in. When one token is
+            decoded from a packed cache, keys and values are not unpacked: these two are NaN of that shape.
         scale: factor on the dot products.
         real: (R, T) bool, keys that are no padding.
         image_mask: (R, T) bool, image tokens.

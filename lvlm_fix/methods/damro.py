@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lvlm_fix.functional import contrast_logits, outlier_tokens
+from lvlm_fix.functional import outlier_tokens
+from lvlm_fix.kernels import contrast
 from lvlm_fix.methods.base import Method
 from lvlm_fix.vision import VisionEncoding
 
@@ -56,7 +57,7 @@ class DAMRO(Method):
         return torch.cat(tokens).sort().values  # in raster order, as in the prompt
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
-        return contrast_logits(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)
+        return contrast(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)
 
     @classmethod
     def for_model(cls, model: str, task: str = "pope") -> DAMRO:

@@ -1,0 +1,63 @@
+"""Attention of the CLS token to the image tokens (DAMRO, arXiv 2410.04514; VTC-CLS, arXiv 2412.05819).
+
+One query row a layer. On torch, the heads' products q_h k_ht of several images are one matrix product: the row of H
+heads is laid out as a block-diagonal (C, H) matrix, so that keys (T, C) are read once, where they stand. A product
+per head would first copy them into the order of the heads, which takes longer than H times the arithmetic.
+"""
+
+import torch
+from torch import Tensor
+
+from lvlm_fix._tensors import require, sizes, wide
+from lvlm_fix.kernels.dispatch import note, require_one_dtype
+
+__all__ = ["cls_row"]
+
+
+@torch.no_grad()
+def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    """Attention of the CLS token to each image token, averaged over heads: (B, N); as `functional.cls_scores`.
+
+    The softmax runs over all N + 1 tokens, then the CLS column is dropped. `num_heads=1` multiplies the full width.
+    No gradient flows.
+
+    Args:
+        query: (B, N + 1, C) unscaled query projections, CLS first; or its CLS row alone, (B, 1, C).
+        key: (B, N + 1, C) key projections, CLS first, in the dtype of `query`.
+        num_heads: heads that C is split into.
+
+    Returns:
+        (B, N), float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or dtypes differ, there is no image token, or `num_heads` does not divide C.
+
+    Source: DAMRO, arXiv 2410.04514, "Outlier Tokens Selection"; per head, VTC-CLS, arXiv 2412.05819.
+
+    >>> cls_row(torch.zeros(1, 5, 8), torch.zeros(1, 5, 8), num_heads=2)
+    tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
+    """
+    n = sizes(key=(key, "B T C"), query=(query, "B Q C"))
+    require(n["T"] > 1, "key must hold the CLS token and at least one image token")
+    require(n["Q"] in (1, n["T"]), f"query must have 1 or {n['T']} tokens, got {n['Q']}")
+    require(num_heads > 0 and n["C"] % num_heads == 0, f"num_heads={num_heads} must divide width {n['C']}")
+    require_one_dtype(query=query, key=key)
+    if key.is_cuda and key.dtype != torch.float64 and key.numel() > 0:
+        from lvlm_fix.kernels.fused.cls_row import fused_cls_row
+
+        note("cls_row", "triton")
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(key.device):
+            return fused_cls_row(query, key, num_heads)
+    note("cls_row", "torch")
+    return _cls_row(query, key, num_heads)
+
+
+def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
+    by_head = wide(query[:, 0]).unflatten(-1, (num_heads, -1)) * (key.shape[-1] // num_heads) ** -0.5
+    if len(key) == 1 or num_heads == 1:
+        # One batch dimension, which can be walked without a copy.
+        logits = torch.einsum("bhd,bthd->bth", by_head, wide(key).unflatten(-1, (num_heads, -1)))
+    else:
+        logits = wide(key) @ torch.diag_embed(by_head.mT, dim1=1, dim2=3).flatten(1, 2)
+    return logits.softmax(1).mean(-1)[:, 1:]

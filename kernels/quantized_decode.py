@@ -1,0 +1,209 @@
+"""Decode attention straight from a packed KV cache (ZipVL, arXiv 2410.08584).
+
+With a group's key ranges (s_d, z_d) by channel and its values' (s_t, z_t) by token and c_d by channel, and its
+codes u_td of the keys and v_td of the values, what `dequantize_kv` would give need not be made:
+
+    q . k_t = sum_d q_d (z_d + s_d u_td)            = (q . z)  +  sum_d (q_d s_d) u_td
+    o_d     = sum_t w_t c_d (z_t + s_t v_td)        = c_d ( sum_t w_t z_t  +  sum_t (w_t s_t) v_td )
+
+with v counted from the middle of the codes, so that the two sums do not cancel out over many tokens.
+So the scales go into the query and into the weights, which are few, and a code is only unpacked, turned into a
+number and multiplied once. A byte's codes are shifted apart in planes, channels i, i + n, i + 2 n, ... of n codes a
+byte in plane i, each against the same channels of the query, rather than put side by side.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lvlm_fix._tensors import require, require_bool, sizes, wide
+from lvlm_fix.kernels.dispatch import note, require_heads, require_one_dtype
+from lvlm_fix.kernels.packing import spans
+from lvlm_fix.kernels.redistribution import Redistribution
+from lvlm_fix.kernels.visual_attention import _columns, _redistribute_
+from lvlm_fix.quantization import QuantizedTensor
+
+__all__ = ["quantized_decode"]
+
+Groups = Sequence[tuple[QuantizedTensor, QuantizedTensor]]
+# Codes of one plane turned into numbers at once: 2 MiB of float32 stay in the cache.
+UNPACKED = 2**19
+
+
+@torch.no_grad()
+def quantized_decode(
+    query: Tensor,
+    groups: Groups,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    redistribution: Redistribution | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over packed groups and an unpacked tail; same arguments and result as `functional.quantized_decode`.
+
+    The S slots are those of the groups in their order, then the tail. The Q queries are the tail's last Q tokens,
+    each sees every slot up to its own. Nothing is rounded to the dtype of the cache on the way, as it would be if
+    the cache were dequantised. No gradient flows.
+
+    Args:
+        query: (R, H, Q, D), float16, bfloat16, float32 or float64.
+        groups: (keys, values) as `kernels.pack` packs (R, K, N, D), K dividing H; N differs by group, and may be 0.
+        tail_key, tail_value: (R, K, N, D), N at least Q, in the dtype of `query`.
+        key_mask: (R, S) bool, True = may be attended to; None for all.
+        redistribution: VAR's masks (R, S) and parameters, `first_query` counted in slots; None for plain attention.
+        scale: factor on the dot products; None for D^-0.5.
+
+    Returns:
+        (R, H, Q, D) in the dtype of `query`; a query that sees nothing gives zeros.
+
+    Raises:
+        ValueError: shapes or dtypes differ, the tail is shorter than Q, or masks are not bool.
+
+    Source: ZipVL, arXiv 2410.08584 (mixed-precision KV cache); VAR, arXiv 2503.03321, eq. 3 and 4.
+
+    >>> from lvlm_fix.kernels import pack
+    >>> x = torch.tensor([[0.0, 0.0], [4.0, 1.0], [8.0, 0.0], [12.0, 1.0]])[None, None]
+    >>> quantized_decode(x[:, :, :1], [pack(x, x, bits=2)], x[:, :, 3:], x[:, :, 3:])
+    tensor([[[[7.2000, 0.6000]]]])
+    """
+    slots = _check(query, groups, tail_key, tail_value)
+    groups = [group for group in groups if group[0].shape[2]]
+    masks = {"key_mask": key_mask}
+    if redistribution is not None:
+        masks |= {"image_mask": redistribution.image_mask, "sink_mask": redistribution.sink_mask}
+    for name, mask in masks.items():
+        if mask is not None:
+            expected = (query.shape[0], slots)
+            found = tuple(mask.shape)
+            require(found == expected, f"{name} must have shape (R={expected[0]}, S={slots}), got {found}")
+            require_bool(**{name: mask})
+    if query.is_cuda and query.dtype != torch.float64 and query.shape[-1] <= 256:
+        from lvlm_fix.kernels.fused.quantized_decode import fused_quantized_decode
+
+        note("quantized_decode", "triton")
+        return fused_quantized_decode(query, groups, tail_key, tail_value, key_mask, redistribution, scale)
+    note("quantized_decode", "torch")
+    return _quantized_decode(query, groups, tail_key, tail_value, key_mask, redistribution, scale)
+
+
+def _check(query: Tensor, groups: Groups, tail_key: Tensor, tail_value: Tensor) -> int:
+    """Raise where the inputs do not fit together; the number of slots."""
+    n = sizes(query=(query, "R H Q D"), tail_key=(tail_key, "R K N D"), tail_value=(tail_value, "R K N D"))
+    require_heads(query, tail_key)
+    require_one_dtype(query=query, tail_key=tail_key, tail_value=tail_value)
+    require(n["Q"] <= n["N"], f"the tail holds {n['N']} tokens and must hold the {n['Q']} queries' own")
+    slots = n["N"]
+    for index, (keys, values) in enumerate(groups):
+        tokens = keys.shape[2] if len(keys.shape) == 4 else None
+        expected = (n["R"], n["K"], tokens, n["D"])
+        fits = (
+            tuple(keys.shape) == tuple(values.shape) == expected
+            and keys.dtype == values.dtype == query.dtype
+            and keys.bits == values.bits
+            # An empty group has no ranges to speak of.
+            and (tokens == 0 or _packed_by_channel_and_token(keys, values))
+        )
+        require(
+            fits,
+            f"groups[{index}] must hold keys packed per channel and values packed per token, as kernels.pack does, "
+            f"of shape (R={n['R']}, K={n['K']}, N, D={n['D']}), {query.dtype} and one number of bits; "
+            f"got {tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}",
+        )
+        slots += keys.shape[2]
+    return slots
+
+
+def _packed_by_channel_and_token(keys: QuantizedTensor, values: QuantizedTensor) -> bool:
+    rows, heads, tokens, width = keys.shape
+    by_channel = (rows, heads, 1, width)
+    return (
+        tuple(keys.scale.shape) == by_channel
+        and tuple(values.scale.shape) == (rows, heads, tokens, 1)
+        and keys.channel_scale is None
+        and (values.channel_scale is None or tuple(values.channel_scale.shape) == by_channel)
+    )
+
+
+def _quantized_decode(
+    query: Tensor,
+    groups: Groups,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    key_mask: Tensor | None,
+    given: Redistribution | None,
+    scale: float | None,
+) -> Tensor:
+    """`quantized_decode` on torch alone, inputs unchecked. The weights are few, and held: one row a query and head."""
+    queries, width = query.shape[2:]
+    shared = tail_key.shape[1]
+    # Heads that share keys become rows of one head, so that each key is unpacked once.
+    rows = (wide(query) * (width**-0.5 if scale is None else scale)).unflatten(1, (shared, -1)).flatten(2, 3)
+    logits = torch.cat([*(_logits(rows, keys) for keys, _ in groups), rows @ wide(tail_key).mT], dim=-1)
+    slots = logits.shape[-1]
+    hidden = None if key_mask is None else ~key_mask[:, None, None, None]
+    if queries > 1:
+        position = torch.arange(slots, device=query.device)
+        later = position > position[-queries:, None]
+        hidden = later if hidden is None else hidden | later
+    if hidden is not None:
+        logits.unflatten(2, (-1, queries)).masked_fill_(hidden, -torch.inf)
+    weights = logits.softmax(-1)
+    if hidden is not None:
+        weights.unflatten(2, (-1, queries)).masked_fill_(hidden.all(-1, keepdim=True), 0)
+    if given is not None:
+        _move_(weights, key_mask, given, queries)
+    parts = weights.split([*(keys.shape[2] for keys, _ in groups), tail_key.shape[2]], dim=-1)
+    out = parts[-1] @ wide(tail_value)
+    for part, (_, values) in zip(parts, groups, strict=False):
+        out += _weighted(part, values)
+    return out.unflatten(2, (-1, queries)).flatten(1, 2).to(query.dtype)
+
+
+def _move_(weights: Tensor, key_mask: Tensor | None, given: Redistribution, queries: int) -> None:
+    """VAR's redistribution, in place, of weights (R, K, rows, S); the last of the row's dimensions are the queries."""
+    batch, slots = weights.shape[0], weights.shape[-1]
+    image, sink = given.image_mask, given.sink_mask
+    if key_mask is not None:
+        image, sink = image & key_mask, sink & key_mask
+    start = torch.where((image & sink).any(-1), given.first_queries(), slots)
+    position = torch.arange(slots - queries, slots, device=weights.device)
+    flat = weights.flatten(1, 2)
+    may = (position >= start[:, None]).repeat(1, flat.shape[1] // queries)
+    _redistribute_(flat, _columns(image, sink, weights.dtype), may.expand(batch, -1), given)
+
+
+def _planes(q: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+    """Tokens, first channel and codes (R, K, tokens, channels) of each plane of a span of tokens."""
+    count = 8 // q.bits
+    for tokens in spans(q.packed.shape[2], max(1, UNPACKED // max(1, q.packed[:, :, :1].numel()))):
+        packed = q.packed[:, :, tokens]
+        for plane in range(count):
+            codes = packed >> (plane * q.bits)
+            if plane < count - 1:
+                codes &= 2**q.bits - 1
+            # The last byte of a token may not be full.
+            yield tokens, plane, codes[..., : len(range(plane, q.length, count))].to(dtype)
+
+
+def _logits(rows: Tensor, keys: QuantizedTensor) -> Tensor:
+    """rows (R, K, M, D) times the keys: (R, K, M, N)."""
+    scaled, count = rows * wide(keys.scale), 8 // keys.bits
+    out = (rows @ wide(keys.zero_point).mT).repeat(1, 1, 1, keys.shape[2])
+    for tokens, plane, codes in _planes(keys, rows.dtype):
+        out[..., tokens] += scaled[..., plane::count] @ codes.mT
+    return out
+
+
+def _weighted(weights: Tensor, values: QuantizedTensor) -> Tensor:
+    """weights (R, K, M, N) times the values: (R, K, M, D)."""
+    scaled, count = weights * wide(values.scale).mT, 8 // values.bits
+    # Codes count from the middle: the mean of thousands of values is near zero, and it would be the difference of two
+    # large sums if they counted from the minimum.
+    middle = (2**values.bits - 1) / 2
+    out = (weights @ (wide(values.zero_point) + middle * wide(values.scale))).repeat(1, 1, 1, values.length)
+    for tokens, plane, codes in _planes(values, weights.dtype):
+        out[..., plane::count] += scaled[..., tokens] @ codes.sub_(middle)
+    return out if values.channel_scale is None else out * wide(values.channel_scale)
