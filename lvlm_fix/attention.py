@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from lvlm_fix.cache import BranchedCache
+from lvlm_fix.decoding import attend
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.interception import Interception, Proceed
-from lvlm_fix.kernels import sparse_prefill, visual_attention
+from lvlm_fix.kernels import quantized_decode, sparse_prefill, visual_attention
+from lvlm_fix.kernels.visual_attention import plain_attention
 from lvlm_fix.methods.base import AttentionStep, Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.packed_layer import PackedLayer
@@ -25,6 +28,7 @@ class Pass:
 
     `real` and `image_mask` (R, L) bool are over the logical columns of the prompt and all that came after;
     `first_query` (R,). `sinks` holds, by layer, what the prefill found; a prefill fills it, a step reads it.
+    `unpadded` is True only where `real` is known to hide nothing.
     """
 
     real: Tensor
@@ -35,6 +39,7 @@ class Pass:
     sinks: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
     layers_seen: int = 0
+    unpadded: bool = False
     told: dict[str, list[tuple[int, dict[str, Tensor]]]] = field(default_factory=dict)
 
 
@@ -50,7 +55,7 @@ class MethodAttention:
     """Stands in for the self-attention of a model's decoder while a `Pass` runs, and for nothing else."""
 
     def __init__(self, model: Any, family: Family, methods: tuple[Method, ...]) -> None:
-        self.methods = methods
+        self.methods = tuple(method for method in methods if {"attention", "cache"} & set(method.stages()))
         self.modules = family.decoder_attention(model)
         self.decoder_layers = list(family.decoder(model).layers)
         self.index = {id(module): index for index, module in enumerate(self.modules)}
@@ -60,24 +65,24 @@ class MethodAttention:
 
     def install(self) -> None:
         self.interception.install()
-        for layer in self.decoder_layers:
-            self.handles.append(layer.register_forward_pre_hook(self._remember_input, with_kwargs=True))
 
     def remove(self) -> None:
         self.interception.remove()
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.hidden_states = None
 
     @contextmanager
     def running(self, this: Pass) -> Any:
         """Within, the decoder's layers attend as the methods say."""
         token = _PASS.set(this)
+        if this.prefill:  # hooks would cost every layer of every step, which has no use for its input
+            for layer in self.decoder_layers:
+                self.handles.append(layer.register_forward_pre_hook(self._remember_input, with_kwargs=True))
         try:
             yield this
         finally:
             _PASS.reset(token)
+            for handle in self.handles:
+                handle.remove()
+            self.handles.clear()
             self.hidden_states = None
         if this.layers_seen != len(self.modules):
             raise RuntimeError(
@@ -86,8 +91,7 @@ class MethodAttention:
             )
 
     def _remember_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        this = _PASS.get()
-        if this is not None and this.prefill:
+        if _PASS.get() is not None:
             self.hidden_states = args[0] if args else kwargs["hidden_states"]
 
     def _attend(
@@ -106,16 +110,72 @@ class MethodAttention:
         _refuse_what_is_not_plain_attention(key.shape[-2], options)
         layer = self.index[id(module)]
         this.layers_seen += 1
+        if not this.prefill and query.shape[2] == 1 and isinstance(this.cache, BranchedCache):
+            output = self._attend_next(this.cache, this, layer, query, key, value, options.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
         step = self._step(this, layer, query, key, value, options.get("scaling"))
         for method in self.methods:
             step = method.attention(step)
             if step.told:
                 this.told.setdefault(method.name, []).append((layer, step.told))
                 step = replace(step, told={})
-        output = _attention(step)
+        output = _attention(step, this.unpadded)
         if this.prefill:
             self._keep(this, step)
         return output.transpose(1, 2).contiguous(), None
+
+    def _attend_next(
+        self,
+        cache: BranchedCache,
+        this: Pass,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+    ) -> Tensor:
+        """Attention of one new token, by what the cache remembers of the keys."""
+        slots = cache.slots(layer, key, this.sinks.get(layer))
+        real, image_mask, sinks = slots.cut(key.shape[2])
+        step = AttentionStep(
+            layer=layer,
+            layers=len(self.modules),
+            query=query,
+            key=key,
+            value=value,
+            scale=scale,
+            real=real,
+            image_mask=image_mask,
+            first_query=this.first_query.to(key.device),
+            sinks=sinks,
+            shared=this.shared,
+        )
+        before = step
+        for method in self.methods:
+            step = method.attention(step)
+        moved = step.redistribution
+        packed = cache.layers[layer]
+        if isinstance(packed, PackedLayer):
+            return quantized_decode(
+                step.query,
+                packed.packed,
+                packed.keys,
+                packed.values,
+                real if slots.hides else None,
+                redistribution=moved,
+                scale=step.scale,
+            )
+        known = moved is None or (
+            moved.image_mask is image_mask
+            and moved.sink_mask is sinks
+            and moved.first_query is before.first_query
+            # Elsewhere kernels of their own do it better: halves are not widened, and a device does it in one pass.
+            and key.device.type == "cpu"
+            and key.dtype in (torch.float32, torch.float64)
+        )
+        if known:
+            return attend(step.query, step.key, step.value, slots, moved, step.scale)
+        return _attention(step, unpadded=not slots.hides)
 
     def _step(
         self, this: Pass, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
@@ -156,17 +216,15 @@ class MethodAttention:
                 this.cache.layers[step.layer] = layer
 
 
-def _attention(step: AttentionStep) -> Tensor:
-    masked = {"key_mask": step.real, "scale": step.scale}
+def _attention(step: AttentionStep, unpadded: bool) -> Tensor:
+    masked: dict[str, Any] = {"key_mask": None if unpadded else step.real, "scale": step.scale}
     if step.important is not None:
         moved = step.redistribution
         return sparse_prefill(
             step.query, step.key, step.value, step.important, redistribution=moved, **masked
         )
     if step.redistribution is None:
-        nothing = torch.zeros_like(step.image_mask)
-        idle = {"rho": 0.0, "min_image_attention": 0.0, "p": 0.0, "first_query": 0}
-        return visual_attention(step.query, step.key, step.value, nothing, nothing, **idle, **masked)  # type: ignore[arg-type]
+        return plain_attention(step.query, step.key, step.value, **masked)
     moved = step.redistribution
     return visual_attention(
         step.query,
@@ -178,7 +236,7 @@ def _attention(step: AttentionStep) -> Tensor:
         min_image_attention=moved.min_image_attention,
         p=moved.p,
         first_query=moved.first_query,
-        **masked,  # type: ignore[arg-type]
+        **masked,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,29 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lvlm_fix.errors import PromptError
+from lvlm_fix.decoding import Slots
+from lvlm_fix.errors import PromptError, UnsupportedModelError
 from lvlm_fix.packed_layer import PackedLayer
+
+NAMES = ("cache", "past_key_values")
+"""What transformers calls a KV cache: from 5.24 on, and before."""
+
+
+def cache_name(generator: Any) -> str:
+    """What a generating model's forward pass calls the KV cache that it takes and returns.
+
+    Raises:
+        UnsupportedModelError: it takes none.
+    """
+    # Its class's, for what somebody put over it may take just anything.
+    parameters = inspect.signature(type(generator).forward).parameters
+    for name in NAMES:
+        if name in parameters:
+            return name
+    raise UnsupportedModelError(
+        f"{type(generator).__name__} takes no KV cache that lvlm-fix knows: it assumes that transformers calls it "
+        f"{' or '.join(NAMES)}"
+    )
 
 
 @dataclass
@@ -69,6 +91,7 @@ class BranchedCache(Cache):
             )
             for layer in found
         }
+        self._slots: dict[Any, tuple[int, Slots]] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -79,13 +102,41 @@ class BranchedCache(Cache):
         finally:
             self.is_attached = False
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_attached:
             raise PromptError(
                 "past_key_values was made under attach, and the methods have been taken off since: attach the same "
                 "ones again, or start a new prompt"
             )
-        return super().update(*args, **kwargs)
+        # One new token attends to packed keys as they are, see `MethodAttention`.
+        kwargs["dequantize"] = key_states.shape[2] > 1
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def slots(self, layer: int, key: Tensor, sinks: Tensor | None) -> Slots:
+        """What a step must know of a layer's keys (R, K, T, D), made when the layer's order of keys changes."""
+        held = self.layers[layer]
+        packed = held if isinstance(held, PackedLayer) else None
+        groups = 0 if packed is None else len(packed.groups)
+        # Layers that hold all columns and no sinks are told the same.
+        place = key.device if packed is None and sinks is None else layer
+        known, slots = self._slots.get(place, (-1, None))
+        if slots is None or known != groups:
+            slots = self._new_slots(key, sinks, None if packed is None else packed.columns)
+            self._slots[place] = groups, slots
+        return slots
+
+    def _new_slots(self, key: Tensor, sinks: Tensor | None, columns: Tensor | None) -> Slots:
+        real, image = self.real(0).to(key.device), self.image_mask.to(key.device)
+        wide = self.get_seq_length()
+        image = _pad_right(image, wide)
+        sinks = None if sinks is None else _pad_right(sinks.to(key.device), wide)
+        if columns is not None:
+            filled, index = columns >= 0, columns.clamp_min(0)
+            real, image = real.gather(1, index) & filled, image.gather(1, index) & filled
+            sinks = None if sinks is None else sinks.gather(1, index) & filled
+        return Slots(real, image, sinks, key.dtype)
 
     def generated(self) -> int:
         """Number of tokens cached after the prompt."""
@@ -114,6 +165,7 @@ class BranchedCache(Cache):
         since = since_prompt.bool().repeat(self.branches, 1)
         steps = (since.long().cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         positions = self.next_position[:, None] + steps
+        self._slots.clear()
         self.mask = torch.cat([self.mask, since], dim=1)
         self.full_length += since.shape[1]
         self.next_position = self.next_position + since.sum(1)
@@ -121,6 +173,7 @@ class BranchedCache(Cache):
         return input_ids.repeat(self.branches, 1), self.mask.long(), positions
 
     def _select(self, rows: Tensor) -> None:
+        self._slots.clear()
         self.mask, self.image_mask = self.mask[rows], self.image_mask[rows]
         self.next_position = self.next_position[rows]
         self.sinks = {layer: sinks[rows.to(sinks.device)] for layer, sinks in self.sinks.items()}
@@ -169,3 +222,8 @@ def _pad_left(tensor: Tensor, width: int, dim: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+
+
+def _pad_right(mask: Tensor, width: int) -> Tensor:
+    """Columns that came after the prompt are neither image nor sinks."""
+    return torch.nn.functional.pad(mask, (0, width - mask.shape[1]), value=False)

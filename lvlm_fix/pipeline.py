@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from lvlm_fix.attention import MethodAttention, Pass, first_query
-from lvlm_fix.cache import Branch, BranchedCache
+from lvlm_fix.cache import NAMES, Branch, BranchedCache, cache_name
 from lvlm_fix.encoding import Companion, Encoded, ImageEncoder
 from lvlm_fix.errors import PromptError
 from lvlm_fix.first_look import FirstLook
@@ -60,6 +60,7 @@ class Pipeline:
         companion: Companion | None = None,
     ) -> None:
         self.model, self.family, self.methods, self.plain_forward = model, family, methods, plain_forward
+        self.cache_name = cache_name(family.generator(model))
         stages = {stage for method in methods for stage in method.stages()}
         self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
         self.packs_cache = "cache" in stages
@@ -81,7 +82,9 @@ class Pipeline:
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         self._refuse(args, kwargs)
-        cache, embeddings = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        # Callers may still use the older of transformers' names.
+        kwargs = {self.cache_name if name in NAMES else name: value for name, value in kwargs.items()}
+        cache, embeddings = kwargs.get(self.cache_name), kwargs.get("inputs_embeds")
         if isinstance(cache, BranchedCache):
             return self._step(input_ids, cache, kwargs)
         is_image = None
@@ -160,7 +163,7 @@ class Pipeline:
         self.report.begin(prompt.images, [row for row, _ in prompt.where.spans])
         kept = self._for_each(prompt.images, self._select)
         output, branch, this = self._branch(
-            prompt, kept, kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+            prompt, kept, kwargs.get(self.cache_name), kwargs.get("logits_to_keep", 0)
         )
         branches = [branch]
         for method in self.contrasting:
@@ -177,7 +180,7 @@ class Pipeline:
             self.report.attention(self.methods, this)
         self.first_look(self.model, self.family, self.methods, prompt.images, this)
         if kwargs.get("use_cache") is not False:
-            output.past_key_values = BranchedCache(branches, prompt.embeddings.shape[1])
+            output[self.cache_name] = BranchedCache(branches, prompt.embeddings.shape[1])
         return output
 
     def _branch(
@@ -190,12 +193,17 @@ class Pipeline:
         image_mask = prompt.is_image.gather(1, packed.columns) & packed.mask
         caching = prompt.rest.get("use_cache") is not False
         inputs = prompt.rest | {"attention_mask": packed.mask.long(), "position_ids": packed.positions}
-        inputs |= {"past_key_values": cache if caching else None, "use_cache": caching}
+        inputs |= {self.cache_name: cache if caching else None, "use_cache": caching}
         inputs |= {"logits_to_keep": logits_to_keep, "inputs_embeds": packed.embeddings}
         this = None
         if self.attention is not None:
             this = Pass(
-                packed.mask, image_mask, first_query(image_mask), cache if caching else None, prefill=True
+                packed.mask,
+                image_mask,
+                first_query(image_mask),
+                cache if caching else None,
+                prefill=True,
+                unpadded=bool(packed.mask.all()),
             )
         with self.attention.running(this) if self.attention and this else nullcontext():
             output = self.plain_forward(**inputs)

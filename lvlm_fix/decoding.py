@@ -1,0 +1,88 @@
+"""Attention of one new token, with all that does not change from token to token kept in the cache.
+
+A step of a small model is bound by the number of operations, one of a large model by the host waiting for the device:
+so masks are cut instead of made, and nothing is asked of the device. Letters: R rows, H heads, K key heads, T keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from lvlm_fix.kernels import Redistribution
+
+ROOM = 128
+"""Keys that masks are written ahead of."""
+
+
+class Slots:
+    """What decoding must know of the keys of one layer; keys that come after it was made are real text."""
+
+    def __init__(self, real: Tensor, image: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> None:
+        """Keep the masks (R, T), bool, of the keys at hand.
+
+        Args:
+            real: keys that are neither padding nor empty slots.
+            image: image tokens.
+            sinks: sink tokens; None where the layer has none.
+            dtype: of the attention weights.
+        """
+        self.dtype = dtype
+        # Asked once a layer: without hidden keys attention needs no mask in all the steps that follow.
+        self.hides = not bool(real.all())
+        self._write(real, image, sinks)
+
+    def _write(self, real: Tensor, image: Tensor, sinks: Tensor | None) -> None:
+        self.real, self.image = pad(real, (0, ROOM), value=True), pad(image, (0, ROOM), value=False)
+        self.sinks = None if sinks is None else pad(sinks, (0, ROOM), value=False)
+        self.bias = self.columns = self.exchange = None
+        if self.hides:
+            bias = torch.zeros(self.real.shape, dtype=self.dtype, device=real.device)
+            self.bias = bias.masked_fill_(~self.real, -torch.inf)[:, None, None]
+        if self.sinks is not None:
+            shown, sunk = self.image & self.real, self.sinks & self.real
+            columns = torch.stack([sunk, shown & ~sunk, shown & sunk], dim=1)
+            # Rows without an image sink are left alone, text sinks included: nothing in them can be moved.
+            columns = (columns & (shown & sunk).any(-1)[:, None, None]).to(self.dtype)
+            # What sinks lose and image tokens that are no sinks gain, (R, 2, T); sums are products with the others.
+            self.exchange = columns[:, :2] * columns.new_tensor([-1, 1])[:, None]
+            self.columns = columns.mT.contiguous()
+
+    def cut(self, keys: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The masks (R, keys) of the first `keys` keys: real, image and sinks."""
+        if keys > self.real.shape[1]:
+            self._write(self.real, self.image, self.sinks)
+        sinks = None if self.sinks is None else self.sinks[:, :keys]
+        return self.real[:, :keys], self.image[:, :keys], sinks
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots, moved: Redistribution | None, scale: float | None
+) -> Tensor:
+    """Attention (R, H, 1, D) of one query row a head, (R, H, 1, D), over keys (R, K, T, D) that fit `slots`.
+
+    `moved` has the masks of `slots`: VAR, arXiv 2503.03321, eq. 3 and 4, as `functional.visual_attention` has them.
+    """
+    keys, shared = key.shape[2], key.shape[1]
+    bias = None if slots.bias is None else slots.bias[..., :keys]
+    # Heads that share keys become rows of one head, and each key is read once.
+    folded = query if query.shape[1] == shared else query.unflatten(1, (shared, -1)).flatten(2, 3)
+    if moved is None or slots.columns is None or slots.exchange is None:
+        out = scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scale)
+        return out if folded is query else out.reshape(query.shape)
+    logits = folded * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+    if bias is not None:
+        logits += bias
+    weights = logits.softmax(-1)
+    by_head = weights.flatten(1, 2)
+    to_sinks, to_receivers, to_image_sinks = (by_head @ slots.columns[:, :keys]).unbind(-1)
+    to_image = to_receivers + to_image_sinks
+    gate = (to_image >= moved.min_image_attention) & (to_receivers >= moved.rho * to_image)
+    # Below the smallest normal number there is nobody to give to: the share would overflow.
+    gate &= to_receivers >= torch.finfo(weights.dtype).tiny
+    share = torch.stack([torch.ones_like(to_sinks), to_sinks / to_receivers], dim=-1)
+    change = share.masked_fill_(~gate[..., None], 0) @ slots.exchange[..., :keys]
+    # Adding the changed part keeps rows that nothing happens to bit for bit.
+    by_head = torch.addcmul(by_head, by_head, change, value=moved.p)
+    return (by_head.view_as(weights) @ value).reshape(query.shape)

@@ -1,0 +1,65 @@
+"""Attention of one new token is the oracle's, whatever is cached of the masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lvlm_fix.decoding import ROOM, Slots, attend
+from lvlm_fix.functional import visual_attention
+from lvlm_fix.kernels import Redistribution
+
+PARAMETERS = {"rho": 0.3, "min_image_attention": 0.01, "p": 0.6}
+
+
+def masks(rows: int, prompt: int, hidden: bool, sinks: bool = True):
+    real = torch.ones(rows, prompt, dtype=torch.bool)
+    if hidden:
+        real[0, :3] = False
+    image = torch.zeros_like(real)
+    image[:, 2:9] = True
+    sink = torch.zeros_like(real)
+    if sinks:
+        # One of the text and one of the image; the last row has none of the image and is left alone.
+        sink[:, 10] = True
+        sink[:-1, 5] = True
+    return real, image, sink
+
+
+@pytest.mark.parametrize("after", [1, 7, ROOM, ROOM + 3])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_one_token_is_the_oracles(after, hidden, shared):
+    rows, heads, prompt, width = 3, 4, 14, 8
+    real, image, sink = masks(rows, prompt, hidden)
+    slots = Slots(real, image, sink, torch.float64)
+    query = torch.randn(rows, heads, 1, width, dtype=torch.float64) * 2
+    key, value = torch.randn(2, rows, shared, prompt + after, width, dtype=torch.float64)
+    seen, shown, sunk = slots.cut(prompt + after)
+    moved = Redistribution(shown, sunk, torch.zeros(rows, dtype=torch.long), **PARAMETERS)
+    expected = visual_attention(query, key, value, shown, sunk, first_query=0, key_mask=seen, **PARAMETERS)
+    torch.testing.assert_close(attend(query, key, value, slots, moved, None), expected)
+    idle = visual_attention(
+        query, key, value, shown, sunk, first_query=0, key_mask=seen, **PARAMETERS | {"p": 0.0}
+    )
+    torch.testing.assert_close(attend(query, key, value, slots, None, None), idle)
+    # Otherwise nothing was there to move, and the first comparison says nothing.
+    assert not torch.equal(expected[:-1], idle[:-1])
+    torch.testing.assert_close(expected[-1], idle[-1])
+
+
+def test_new_keys_are_real_text():
+    real, image, sink = masks(2, 14, hidden=True)
+    slots = Slots(real, image, sink, torch.float32)
+    seen, shown, sunk = slots.cut(14 + 2 * ROOM)
+    assert seen[:, 14:].all() and not shown[:, 14:].any() and not sunk[:, 14:].any()
+    assert (
+        torch.equal(seen[:, :14], real)
+        and torch.equal(shown[:, :14], image)
+        and torch.equal(sunk[:, :14], sink)
+    )
+
+
+def test_without_hidden_keys_no_mask_is_made():
+    real, image, _ = masks(2, 14, hidden=False)
+    assert Slots(real, image, None, torch.float32).bias is None
