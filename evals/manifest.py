@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILE = "manifest.json"
 LIBRARIES = ("lvlm-fix", "torch", "transformers", "tokenizers", "numpy", "pillow")
 # May differ between the parts of a run: they say where it was made, not what.
-FREE = ("command", "created", "environment", "model.name")
+FREE = ("command", "created", "environment", "model.name", "late")
 _WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
@@ -143,6 +143,13 @@ def claim(out: Path, manifest: Mapping[str, Any], first: bool, wait: Callable[[]
     if not first:
         raise TimeoutError(f"{path} was not written in time by the process of rank 0; see what it says")
     write_json(path, manifest)
+
+
+def note_late(out: Path, options: Mapping[str, Any]) -> None:
+    """Note in the manifest of `out` what the late columns of its results were made with."""
+    there = read_json(out / FILE)
+    if there.get("late") != options:
+        write_json(out / FILE, {**there, "late": dict(options)})
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

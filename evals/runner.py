@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import manifest as manifests
 from .memory import PeakMemory
 from .processes import Process, warn_if_alone
+from .records import write_lines
 from .results import Appender, Key, Row, merge, read_rows, results_file
 from .settings import Decoding, Setting, parse_settings
 from .summary import summarize
@@ -103,6 +104,7 @@ def run(
     for setting in chosen:
         rows.append(_all_rows(out, setting, keys, process, patience))
         merge(out, setting.slug, keys)
+    _add_late(task, out, chosen, rows)
     summary = summarize(task, chosen, rows, decoding.seeds)
     manifests.write_json(out / SUMMARY, summary)
     return summary
@@ -232,6 +234,19 @@ def _all_rows(
                 f"{len(lacking)} of {len(keys)} items of {setting.name} are missing, and no process has "
                 f"written one for {patience:g} s; see what the others say, then start again to go on"
             )
+
+
+def _add_late(task: Task, out: Path, settings: Sequence[Setting], rows: Sequence[dict[Key, Row]]) -> None:
+    """Judge what can be judged only when all answers are there, in `rows` and in the results files."""
+    lines = [row for own in rows for row in own.values()]
+    columns = task.late_columns(lines)
+    if not columns:
+        return
+    for row, more in zip(lines, columns, strict=True):
+        row.update(more)
+    for setting, own in zip(settings, rows, strict=True):
+        write_lines(results_file(out, setting.slug), own.values())
+    manifests.note_late(out, task.late_options)
 
 
 def _wait(end: float) -> Callable[[], bool]:

@@ -116,8 +116,9 @@ def _add_spread(
             results[name][metric]["deviation"] = spread(by_seed.tolist())
 
 
-def _counts(task: Task, counts: Array) -> dict[str, int]:
-    return dict(zip(task.columns, map(int, counts), strict=True))
+def _counts(task: Task, counts: Array) -> dict[str, float]:
+    values = counts.tolist()
+    return {name: int(x) if x.is_integer() else x for name, x in zip(task.columns, values, strict=True)}
 
 
 def _comparisons(

@@ -75,6 +75,18 @@ class Task(ABC):
         """What else changes the numbers, for the manifest."""
         return {}
 
+    @property
+    def late_options(self) -> dict[str, Any]:
+        """What `late_columns` are made with; noted in the manifest, but a run may go on with others."""
+        return {}
+
+    def late_columns(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What is added to each of all the finished results lines, for judges too slow to hold up the answers.
+
+        Made anew at each summary, so it may be asked for after the run. Empty where there is nothing of the kind.
+        """
+        return []
+
     @abstractmethod
     def judge(self, item: Item, answer: str) -> dict[str, Any]:
         """What a results line says of an answer besides the answer."""
@@ -84,7 +96,7 @@ class Task(ABC):
         raise TypeError(f"{self.name} has no right and wrong answers")
 
     @abstractmethod
-    def counts(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    def counts(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[float]:
         """Columns to be summed over images, of the results lines of one image, split and seed."""
 
     @abstractmethod
@@ -154,10 +166,10 @@ class Chair(Task):
         wrong = hallucinated(answer, truth, self.rule)
         return {"objects": sorted(truth), "hallucinated": [mention._asdict() for mention in wrong]}
 
-    def counts(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    def counts(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[float]:
         captions = [Caption(row["id"], row["answer"]) for row in rows]
         score: ChairScore = score_captions(captions, self.truth, self.rule)
-        return [getattr(score, name) for name in self.columns]
+        return [getattr(score, name) for name in Chair.columns]
 
     def metrics(self, counts: Array) -> dict[str, Array]:
         """As `ChairScore` has them, for many at once."""

@@ -114,6 +114,19 @@ def chair(
         typer.Option(help="reference misses words that the published script does, 'bus' among them."),
     ] = ChairRule.english,
     prompt: Annotated[str, typer.Option(help="What is asked about every picture.")] = "Describe the image.",
+    clipscore: Annotated[
+        bool, typer.Option("--clipscore", help="CLIPScore too; also for a finished run in the same --out.")
+    ] = False,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an OpenCLIP model. [default: one that knows the embedded scenes only]"),
+    ] = None,
+    clip_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Put before captions. [default: the model's, or 'A photo depicts' as in the paper]"
+        ),
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = None,
@@ -127,11 +140,23 @@ def chair(
     as_json: AsJson = False,
 ) -> None:
     """Captions: how many objects in them are not in the picture, and how many of the picture's they name."""
+    if not clipscore and (clip is not None or clip_prefix is not None):
+        raise ValueError("--clip and --clip-prefix are about CLIPScore; give --clipscore too")
+    if clipscore and clip is None and (images is not None or annotations is not None):
+        raise ValueError(
+            "the OpenCLIP model that ships knows the embedded scenes only; "
+            "name one that knows your pictures with --clip"
+        )
 
     def task() -> Task:
         from lvlm_fix.evals import tasks
 
-        return tasks.chair(images, annotations, limit, rule.value, prompt)
+        asked = tasks.chair(images, annotations, limit, rule.value, prompt)
+        if not clipscore:
+            return asked
+        from lvlm_fix.evals.clipscore import ClipScoredChair
+
+        return ClipScoredChair.of(asked, clip, clip_prefix)
 
     decoding = _decoding(max_new_tokens, do_sample, num_beams, temperature, range(seed, seed + seeds))
     _evaluate(task, model, fix, out, batch_size, decoding, dtype, device_map, as_json)
@@ -247,6 +272,14 @@ def _print(task: Task, summary: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in _verdicts(task, summary):
         console.print(line, soft_wrap=True)
+    cut = [
+        f"{counts['truncated_captions']:,} of {setting['name']}"
+        for setting in summary["settings"]
+        for counts in setting["counts"].values()
+        if counts.get("truncated_captions")
+    ]
+    if cut:
+        console.print(f"captions that CLIPScore read only the beginning of: {', '.join(cut)}", soft_wrap=True)
     several_seeds = len(summary["seeds"]) > 1
     console.print(
         f"\n{summary['confidence']:.0%} intervals from {summary['resamples']:,} resamples of "
