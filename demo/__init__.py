@@ -1,1 +1,1 @@
-"""The Gradio demo. Not built yet."""
+"""The Gradio demo: `lvlm-fix demo`, or `python demo/app.py` as a Hugging Face Space."""

@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lvlm_fix.commands import build, describe, diagnose, evaluate, methods, report, score, tune
+from lvlm_fix.commands import bench, build, demo, describe, diagnose, evaluate, methods, report, score, tune
 
 app = typer.Typer(
     name="lvlm-fix",
@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
 app.command("describe")(describe.describe)
 app.command("diagnose")(diagnose.diagnose)
 app.command("methods")(methods.methods)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from conftest import noise_picture
@@ -40,19 +38,12 @@ def save_model(folder, kind, block):
     tokenizer = build_tokenizer(special, {})
     options = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
     tokens = (SIDE // block) ** 2
-    if kind == "SmolVLM" and importlib.util.find_spec("num2words"):
-        processor = transformers.SmolVLMProcessor(
-            image_processor=transformers.SmolVLMImageProcessor(**options),
-            tokenizer=tokenizer,
-            video_processor=transformers.SmolVLMVideoProcessor(**options),
-            image_seq_len=tokens,
-        )
-    else:  # the first SmolVLM was published with this processor, and SmolVLM's own needs num2words
-        processor = transformers.Idefics3Processor(
-            image_processor=transformers.Idefics3ImageProcessor(**options),
-            tokenizer=tokenizer,
-            image_seq_len=tokens,
-        )
+    # The first SmolVLM was published with this processor; its own, SmolVLMProcessor, needs num2words.
+    processor = transformers.Idefics3Processor(
+        image_processor=transformers.Idefics3ImageProcessor(**options),
+        tokenizer=tokenizer,
+        image_seq_len=tokens,
+    )
     text = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
