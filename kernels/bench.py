@@ -6,6 +6,11 @@
 
 The floor of a case is the longer of its bytes over the machine's copy bandwidth and its FLOPs over its rate at a
 large matrix product, both measured in the same run: no implementation of exact attention can be faster for long.
+On CUDA, time is that of the GPU alone, and wall time is what a call takes the caller, launches included.
+
+That the kernels are right on a GPU is another command (see tests/interpreted/conftest.py):
+
+    LVLM_FIX_GPU=1 CUDA_VISIBLE_DEVICES=0 CUBLAS_WORKSPACE_CONFIG=:4096:8 pytest tests/interpreted/*.py
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ COLUMNS = (
     "case",
     "ran",
     "time",
+    "wall time",
     "against torch",
     "against reference",
     "of the floor",
@@ -61,6 +67,7 @@ def measure(
         "heads": work.heads,
         "implementation": implementation,
         "front": asdict(spreads["front"]),
+        "wall_seconds": clock.wall_seconds(work.front, calls=10 if size.device.type == "cuda" else 1),
         "peer": asdict(spreads["peer"]) | {"name": work.peer_name},
         "speed_over_peer": spreads["peer"].median / front,
         "bytes": work.bytes_moved,
@@ -137,17 +144,22 @@ def cells(row: dict[str, Any]) -> list[str]:
     shape = f"{row['shape']}, {row['tokens']:,}" if row["tokens"] else row["shape"]
     begin = [row["kernel"], shape, str(row["heads"] or "")]
     if "left_out" in row:
-        return [*begin, "", "", row["left_out"], "", "", ""]
+        return [*begin, "", "", row["left_out"], "", "", "", ""]
     reference = row["reference"]
     return [
         *begin,
         row["case"],
         row["implementation"],
         spelled(row["front"]),
+        in_unit(row["wall_seconds"]),
         f"{row['speed_over_peer']:.2f}x {row['peer']['name']}",
         f"{row['speed_over_reference']:.1f}x" if "median" in reference else reference["left_out"],
         f"{row['floor']['share']:.2f} ({row['floor']['set_by']})",
     ]
+
+
+def in_unit(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def spelled(spread: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lvlm_fix._tensors import require, sizes, wide
-from lvlm_fix.kernels.dispatch import note, require_one_dtype
+from lvlm_fix.kernels.dispatch import note, require_one_device, require_one_dtype
+from lvlm_fix.kernels.fused.launch import fits
 
 __all__ = ["cls_row"]
 
@@ -19,7 +20,7 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     """Attention of the CLS token to each image token, averaged over heads: (B, N); as `functional.cls_scores`.
 
     The softmax runs over all N + 1 tokens, then the CLS column is dropped. `num_heads=1` multiplies the full width.
-    No gradient flows.
+    Layers of one width are stacked along B, to be done in one call. No gradient flows.
 
     Args:
         query: (B, N + 1, C) unscaled query projections, CLS first; or its CLS row alone, (B, 1, C).
@@ -42,7 +43,8 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     require(n["Q"] in (1, n["T"]), f"query must have 1 or {n['T']} tokens, got {n['Q']}")
     require(num_heads > 0 and n["C"] % num_heads == 0, f"num_heads={num_heads} must divide width {n['C']}")
     require_one_dtype(query=query, key=key)
-    if key.is_cuda and key.dtype != torch.float64 and key.numel() > 0:
+    require_one_device(query=query, key=key)
+    if fits(key):
         from lvlm_fix.kernels.fused.cls_row import fused_cls_row
 
         note("cls_row", "triton")

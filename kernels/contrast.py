@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, require_unit_range
 from lvlm_fix.functional import contrast_logits
-from lvlm_fix.kernels.dispatch import note
+from lvlm_fix.kernels.dispatch import note, require_one_device
+from lvlm_fix.kernels.fused.launch import fits
 
 __all__ = ["contrast"]
 
@@ -58,7 +59,8 @@ def contrast(
     require(floating, f"logits and negative_logits must be floating, got {found}")
     require(alpha >= 0, f"alpha must not be negative, got {alpha}")
     require_unit_range(beta=beta)
-    if logits.is_cuda and torch.float64 not in (logits.dtype, negative_logits.dtype):
+    require_one_device(logits=logits, negative_logits=negative_logits)
+    if fits(logits) and fits(negative_logits):
         from lvlm_fix.kernels.fused.contrast import fused_contrast
 
         note("contrast", "triton")

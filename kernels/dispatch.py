@@ -1,9 +1,16 @@
 """What the fronts share: which implementation ran, and checks of their inputs."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary, ref
+
 from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes
+from lvlm_fix.quantization import QuantizedTensor
 
+Facts = TypeVar("Facts")
 _ran: dict[str, str] = {}
 
 
@@ -24,9 +31,26 @@ def last_used() -> dict[str, str]:
     return dict(_ran)
 
 
+def once_a_group(
+    find: Callable[[QuantizedTensor, QuantizedTensor], Facts],
+) -> Callable[[QuantizedTensor, QuantizedTensor], Facts]:
+    """`find` of a packed group's keys and values, remembered while both live: decoding asks at every token."""
+    known: WeakKeyDictionary[QuantizedTensor, tuple[ref[QuantizedTensor], Facts]] = WeakKeyDictionary()
+
+    @wraps(find)
+    def remembered(keys: QuantizedTensor, values: QuantizedTensor) -> Facts:
+        found = known.get(keys)
+        if found is None or found[0]() is not values:
+            found = known[keys] = ref(values), find(keys, values)
+        return found[1]
+
+    return remembered
+
+
 def attention_sizes(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> dict[str, int]:
     """Sizes B H Q D K T of attention's inputs, which fit together."""
     n = sizes(query=(query, "B H Q D"), key=(key, "B K T D"), value=(value, "B K T D"))
+    require_one_device(query=query, key=key, value=value, key_mask=key_mask)
     require_heads(query, key)
     require_one_dtype(query=query, key=key, value=value)
     require(n["Q"] <= n["T"], f"there are more queries ({n['Q']}) than positions ({n['T']})")
@@ -40,6 +64,14 @@ def require_heads(query: Tensor, key: Tensor) -> None:
     heads, shared = query.shape[1], key.shape[1]
     fits = shared > 0 and heads % shared == 0
     require(fits, f"{shared} key heads do not divide {heads} query heads")
+
+
+def require_one_device(**tensors: Tensor | None) -> None:
+    """Kernels are given addresses, which mean something else on another device."""
+    found = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise ValueError(f"{' and '.join(found)} must be on one device, got {listed}")
 
 
 def require_one_dtype(**tensors: Tensor) -> None:

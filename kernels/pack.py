@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from lvlm_fix import packed_attention
 from lvlm_fix._tensors import require, sizes
-from lvlm_fix.kernels.dispatch import note, require_one_dtype
-from lvlm_fix.quantization import QuantizedTensor, quantize_kv
+from lvlm_fix.kernels.dispatch import note, require_one_device, require_one_dtype
+from lvlm_fix.kernels.fused.launch import fits
+from lvlm_fix.quantization import QuantizedTensor
 
 __all__ = ["pack"]
 
 
 @torch.no_grad()
 def pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-    """Pack the keys and values of one precision as ZipVL does; the same codes as `functional.quantize_kv`.
+    """Pack the keys and values of one precision as ZipVL does; the same codes as `functional.pack`.
 
     Keys are packed per channel (`dim=-2`), values per token with channel normalisation
     (`dim=-1, channel_normalize=True`). No gradient flows.
@@ -37,10 +39,11 @@ def pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor, Quan
     require_one_dtype(keys=keys, values=values)
     require(keys.numel() > 0, f"keys and values must hold elements, got shape {tuple(keys.shape)}")
     require(bits in (2, 4, 8), f"bits must be 2, 4 or 8, got {bits}")
-    if keys.is_cuda and keys.dtype != torch.float64:
+    require_one_device(keys=keys, values=values)
+    if fits(keys):
         from lvlm_fix.kernels.fused.pack import fused_pack
 
         note("pack", "triton")
         return fused_pack(keys, values, bits)
     note("pack", "torch")
-    return quantize_kv(keys, bits, dim=-2), quantize_kv(values, bits, dim=-1, channel_normalize=True)
+    return packed_attention.pack(keys, values, bits)

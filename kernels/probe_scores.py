@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes, wide
-from lvlm_fix.kernels.dispatch import note, require_heads, require_one_dtype
-from lvlm_fix.kernels.fused.launch import fits
+from lvlm_fix.kernels.dispatch import note, require_heads, require_one_device, require_one_dtype
+from lvlm_fix.kernels.fused.launch import fits_head
 from lvlm_fix.kernels.packing import spans
 
 __all__ = ["probe_scores"]
@@ -53,12 +53,13 @@ def probe_scores(
     n = sizes(query=(query, "B H P D"), key=(key, "B K T D"), positions=(positions, "B P"))
     require_heads(query, key)
     require_one_dtype(query=query, key=key)
+    require_one_device(query=query, key=key, positions=positions, key_mask=key_mask)
     in_range = not positions.is_floating_point() and bool(((positions >= 0) & (positions < n["T"])).all())
     require(in_range, f"positions must be integers in 0..{n['T'] - 1}")
     if key_mask is not None:
         sizes(key=(key, "B K T D"), key_mask=(key_mask, "B T"))
         require_bool(key_mask=key_mask)
-    if fits(query):
+    if fits_head(query):
         from lvlm_fix.kernels.fused.probe_scores import fused_probe_scores
 
         note("probe_scores", "triton")

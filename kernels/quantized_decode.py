@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes, wide
-from lvlm_fix.kernels.dispatch import note, require_heads, require_one_dtype
+from lvlm_fix.kernels.changed_rows import class_columns, redistribute_
+from lvlm_fix.kernels.dispatch import note, once_a_group, require_heads, require_one_device, require_one_dtype
+from lvlm_fix.kernels.fused.launch import fits_head
 from lvlm_fix.kernels.packing import spans
 from lvlm_fix.kernels.redistribution import Redistribution
-from lvlm_fix.kernels.visual_attention import _columns, _redistribute_
 from lvlm_fix.quantization import QuantizedTensor
 
 __all__ = ["quantized_decode"]
@@ -70,8 +71,8 @@ def quantized_decode(
     tensor([[[[7.2000, 0.6000]]]])
     """
     slots = _check(query, groups, tail_key, tail_value)
-    groups = [group for group in groups if group[0].shape[2]]
-    masks = {"key_mask": key_mask}
+    groups = [group for group in groups if group[0].packed.shape[2]]
+    masks: dict[str, Tensor | None] = {"key_mask": key_mask}
     if redistribution is not None:
         masks |= {"image_mask": redistribution.image_mask, "sink_mask": redistribution.sink_mask}
     for name, mask in masks.items():
@@ -80,7 +81,8 @@ def quantized_decode(
             found = tuple(mask.shape)
             require(found == expected, f"{name} must have shape (R={expected[0]}, S={slots}), got {found}")
             require_bool(**{name: mask})
-    if query.is_cuda and query.dtype != torch.float64 and query.shape[-1] <= 256:
+    require_one_device(query=query, tail_key=tail_key, tail_value=tail_value, **masks)
+    if fits_head(query):
         from lvlm_fix.kernels.fused.quantized_decode import fused_quantized_decode
 
         note("quantized_decode", "triton")
@@ -97,33 +99,62 @@ def _check(query: Tensor, groups: Groups, tail_key: Tensor, tail_value: Tensor) 
     require(n["Q"] <= n["N"], f"the tail holds {n['N']} tokens and must hold the {n['Q']} queries' own")
     slots = n["N"]
     for index, (keys, values) in enumerate(groups):
-        tokens = keys.shape[2] if len(keys.shape) == 4 else None
-        expected = (n["R"], n["K"], tokens, n["D"])
-        fits = (
-            tuple(keys.shape) == tuple(values.shape) == expected
-            and keys.dtype == values.dtype == query.dtype
-            and keys.bits == values.bits
-            # An empty group has no ranges to speak of.
-            and (tokens == 0 or _packed_by_channel_and_token(keys, values))
-        )
-        require(
-            fits,
-            f"groups[{index}] must hold keys packed per channel and values packed per token, as kernels.pack does, "
-            f"of shape (R={n['R']}, K={n['K']}, N, D={n['D']}), {query.dtype} and one number of bits; "
-            f"got {tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}",
-        )
-        slots += keys.shape[2]
+        rows, heads, tokens, width, dtype, device = _facts(keys, values)
+        # Words cost more than the check, and there are many groups.
+        if (rows, heads, width, dtype) != (n["R"], n["K"], n["D"], query.dtype):
+            raise ValueError(
+                f"groups[{index}] must hold keys packed per channel and values packed per token, as kernels.pack does, "
+                f"of shape (R={n['R']}, K={n['K']}, N, D={n['D']}), {query.dtype} and one number of bits; "
+                f"got {tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}"
+            )
+        if device != query.device:
+            raise ValueError(f"groups[{index}] is on {device}, and query on {query.device}")
+        slots += tokens
     return slots
+
+
+Found = tuple[int, int, int, int, torch.dtype, torch.device]
+
+
+@once_a_group
+def _facts(keys: QuantizedTensor, values: QuantizedTensor) -> Found:
+    """R, K, N, D, dtype and device of a group as `kernels.pack` makes them; -1 and the like of anything else.
+
+    A kernel is given addresses, so each tensor's shape is looked at, and that all of them are on one device.
+    """
+    shape = tuple(keys.shape)
+    tokens = shape[2] if len(shape) == 4 else -1
+    held = [
+        x for q in (keys, values) for x in (q.packed, q.scale, q.zero_point, q.channel_scale) if x is not None
+    ]
+    fits = (
+        len(shape) == 4
+        and tuple(values.shape) == shape
+        and keys.dtype == values.dtype
+        and keys.bits == values.bits
+        # An empty group has no ranges to speak of.
+        and (tokens == 0 or _packed_by_channel_and_token(keys, values))
+    )
+    devices = {x.device for x in held}
+    if not fits or len(devices) > 1:
+        return -1, -1, -1, -1, keys.dtype, keys.packed.device
+    rows, heads, tokens, width = shape
+    return rows, heads, tokens, width, keys.dtype, keys.packed.device
 
 
 def _packed_by_channel_and_token(keys: QuantizedTensor, values: QuantizedTensor) -> bool:
     rows, heads, tokens, width = keys.shape
-    by_channel = (rows, heads, 1, width)
+    by_channel, by_token = (rows, heads, 1, width), (rows, heads, tokens, 1)
+    codes = (rows, heads, tokens, -(-width * keys.bits // 8))
+    ranges = [(keys.scale, by_channel), (keys.zero_point, by_channel)]
+    ranges += [(values.scale, by_token), (values.zero_point, by_token)]
+    if values.channel_scale is not None:
+        ranges.append((values.channel_scale, by_channel))
     return (
-        tuple(keys.scale.shape) == by_channel
-        and tuple(values.scale.shape) == (rows, heads, tokens, 1)
-        and keys.channel_scale is None
-        and (values.channel_scale is None or tuple(values.channel_scale.shape) == by_channel)
+        keys.channel_scale is None
+        and keys.bits in (2, 4, 8)
+        and all(tuple(x.shape) == codes and x.dtype == torch.uint8 for x in (keys.packed, values.packed))
+        and all(tuple(x.shape) == shape and x.dtype == keys.dtype for x, shape in ranges)
     )
 
 
@@ -172,7 +203,7 @@ def _move_(weights: Tensor, key_mask: Tensor | None, given: Redistribution, quer
     position = torch.arange(slots - queries, slots, device=weights.device)
     flat = weights.flatten(1, 2)
     may = (position >= start[:, None]).repeat(1, flat.shape[1] // queries)
-    _redistribute_(flat, _columns(image, sink, weights.dtype), may.expand(batch, -1), given)
+    redistribute_(flat, class_columns(image, sink, weights.dtype), may.expand(batch, -1), given)
 
 
 def _planes(q: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:

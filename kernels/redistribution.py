@@ -50,6 +50,7 @@ class Redistribution:
         """`first_query` as a tensor of one element or B, on the masks' device."""
         device = self.image_mask.device
         if isinstance(self.first_query, Tensor):
-            return self.first_query.to(device).reshape(-1)
+            # Kernels step from element to element: a column of a matrix or an expanded number is copied.
+            return self.first_query.to(device).reshape(-1).contiguous()
         # Filled on the device: copying a number there would wait for it.
         return torch.full((1,), self.first_query, device=device)

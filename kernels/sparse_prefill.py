@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lvlm_fix._tensors import require, require_bool, sizes
-from lvlm_fix.kernels.dispatch import attention_sizes, note
-from lvlm_fix.kernels.fused.launch import fits
+from lvlm_fix.kernels.dispatch import attention_sizes, note, require_one_device
+from lvlm_fix.kernels.fused.launch import fits_attention
 from lvlm_fix.kernels.packing import packed, take
 from lvlm_fix.kernels.visual_attention import Redistribution, plain_attention, visual_attention
 
@@ -49,6 +49,9 @@ def sparse_prefill(
     Raises:
         ValueError: shapes or dtypes differ, there is not one query per token, or masks are not bool.
 
+    On CUDA one kernel gathers as it attends, but for float32 heads wider than 128, and with a redistribution: then
+    torch copies the important tokens side by side, and `visual_attention` runs among them.
+
     Source: ZipVL, arXiv 2410.08584, token-level sparse attention in the prefill.
 
     >>> x, v = torch.zeros(1, 1, 4, 2), torch.arange(8.0).view(1, 1, 4, 2)
@@ -65,8 +68,9 @@ def sparse_prefill(
     if redistribution is not None:
         sizes(key=(key, "B K T D"), image_mask=(redistribution.image_mask, "B T"))
 
+    require_one_device(query=query, important=important)
     important = important if key_mask is None else important & key_mask
-    if fits(query) and redistribution is None:
+    if fits_attention(query) and redistribution is None:
         from lvlm_fix.kernels.fused.sparse_prefill import fused_sparse_prefill
 
         note("sparse_prefill", "triton")
@@ -77,7 +81,8 @@ def sparse_prefill(
     if redistribution is None:
         among = plain_attention(q, k, v, scale=scale)
     else:
-        # Copied also on CUDA: the kernel that redistributes reads its keys in a row.
+        # Copied also on CUDA: the kernel that redistributes reads its keys in a row. What ran among them is noted
+        # under its own name, "visual_attention", and the copies are torch's: hence "torch" above.
         among = visual_attention(
             q, k, v, scale=scale, **vars(_among(redistribution, important, index, filled))
         )

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+# Cycles that the GPU waits before a timed call, about a millisecond: longer than queueing any call takes.
+PAUSE = 2_000_000
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -45,11 +48,27 @@ class Clock:
             return time.perf_counter() - begin
         begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.sweep.zero_()
+        # A pause of the GPU, in which the processor queues the call: else its own time would be in between.
+        if hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(PAUSE)
         begins.record()
         call()
         ends.record()
         torch.cuda.synchronize(self.device)
         return begins.elapsed_time(ends) / 1000
+
+    def wall_seconds(self, call: Callable[[], Any], calls: int = 10) -> float:
+        """Seconds a call from the caller's side, launches included: of `calls` in a row, their end waited for."""
+        self._wait()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        self._wait()
+        return (time.perf_counter() - begin) / calls
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def compare(self, forms: dict[str, Callable[[], Any]], budget: float) -> dict[str, Spread]:
         """Spreads by name: 3 to 50 rounds of all forms, as many as take about `budget` seconds.

@@ -1,7 +1,7 @@
 """The papers' equations, one pure torch function each: the oracle that every kernel is held to.
 
 Import them all from here. What the CLS token tells (DAMRO, VTC-CLS) is written out below; VAR is in
-`redistribution`, ZipVL in `importance`, `quantization` and `packed_attention`.
+`redistribution`, ZipVL in `importance`, `sparse_attention`, `quantization` and `packed_attention`.
 
 Letters: B batch, H heads, K key and value heads, P probes, Q queries, T tokens, N image tokens, L layers,
 D width of a head, C width of a layer, V vocabulary. Sums and softmaxes run in float32, or in float64 for
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, require_unit_range, sizes, wide
 from lvlm_fix.importance import important_tokens, probe_importance
-from lvlm_fix.packed_attention import quantized_decode
+from lvlm_fix.packed_attention import pack, quantized_decode
 from lvlm_fix.quantization import QuantizedTensor, dequantize_kv, quantize_kv
 from lvlm_fix.redistribution import image_centric_heads, redistribute, sink_tokens, visual_attention
+from lvlm_fix.sparse_attention import sparse_prefill
 
 __all__ = [
     "QuantizedTensor",
@@ -27,12 +28,14 @@ __all__ = [
     "image_centric_heads",
     "important_tokens",
     "outlier_tokens",
+    "pack",
     "probe_importance",
     "quantize_kv",
     "quantized_decode",
     "redistribute",
     "select_by_cls",
     "sink_tokens",
+    "sparse_prefill",
     "visual_attention",
 ]
 

@@ -1,4 +1,4 @@
-"""Attention over a KV cache that is held packed (ZipVL, arXiv 2410.08584), the slow way."""
+"""A KV cache that is held packed, and attention over it (ZipVL, arXiv 2410.08584), the slow way."""
 
 from __future__ import annotations
 
@@ -8,13 +8,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lvlm_fix.quantization import QuantizedTensor, dequantize_kv
+from lvlm_fix._tensors import sizes
+from lvlm_fix.quantization import QuantizedTensor, dequantize_kv, quantize_kv
 from lvlm_fix.redistribution import visual_attention
 
 if TYPE_CHECKING:
     from lvlm_fix.kernels import Redistribution
 
-__all__ = ["quantized_decode"]
+__all__ = ["pack", "quantized_decode"]
+
+
+def pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Keys and values of one precision as ZipVL packs them: keys per channel, values per token, channels normalised.
+
+    Args:
+        keys, values: (R, H, K, D), floating, finite, with at least one element.
+        bits: 2, 4 or 8.
+
+    Raises:
+        ValueError: shapes differ, a tensor is empty or not floating, or `bits` is none of 2, 4, 8.
+
+    Source: ZipVL, arXiv 2410.08584 (mixed-precision KV cache).
+
+    >>> [packed.scale.shape for packed in pack(torch.zeros(1, 2, 30, 8), torch.zeros(1, 2, 30, 8), bits=2)]
+    [torch.Size([1, 2, 1, 8]), torch.Size([1, 2, 30, 1])]
+    """
+    sizes(keys=(keys, "R H K D"), values=(values, "R H K D"))
+    return quantize_kv(keys, bits, dim=-2), quantize_kv(values, bits, dim=-1, channel_normalize=True)
 
 
 def quantized_decode(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -76,6 +78,11 @@ def require_fits(usage: Usage, capability: int) -> None:
     assert usage.registers * usage.warps * 32 <= REGISTERS, f"{usage} takes more registers than there are"
 
 
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes a thread, as Triton's own cuobjdump prints them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -92,6 +99,8 @@ def _of_cubin(cubin: bytes) -> tuple[int, int]:
 
 def run_interpreted(cases: str, passed: int) -> None:
     """Run `tests/interpreted/<cases>` with Triton's interpreter; exactly `passed` tests pass and none is skipped."""
+    if triton.__version__.startswith("3.6.") and _version(numpy.__version__) >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter takes int() of a one-element array, which numpy 2.4 refuses")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", INTERPRETED / cases]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=INTERPRETED.parents[1])

@@ -35,12 +35,25 @@ def test_the_kernels_fit_on_the_gpu(capability):
     from lvlm_fix.kernels.fused import pack as fused
 
     same = ("keys", "values", "key_scale", "key_low", "value_scale", "value_low", "channel_scale")
-    types = {"partial": "*fp32", "key_codes": "*u8", "value_codes": "*u8", "tokens": "i32", "blocks": "i32"}
-    for dtype, width, bits in [("float16", 128, 4), ("bfloat16", 80, 2), ("float32", 256, 2)]:
+    types = {"partial": "*fp32", "key_codes": "*u8", "value_codes": "*u8", "tokens": "i32"}
+    types |= {"span": "i32", "parts": "i32"}
+    for dtype, width, bits in [
+        ("float16", 128, 4),
+        ("bfloat16", 80, 2),
+        ("float32", 256, 2),
+        ("float16", 32, 2),
+        ("float32", 96, 8),
+    ]:
         kinds = types | dict.fromkeys(same, TYPES[dtype])
         info = torch.finfo(getattr(torch, dtype))
-        tile = {"WIDTH": width, **fused.configuration(width, bits)}
-        rounding = {"BITS": bits, "EPS": info.eps, "FLOOR": max(info.tiny * info.eps, 1.1754943508222875e-38)}
-        for kernel, constants in ((fused._channel_ranges, tile), (fused._pack, tile | rounding)):
-            usage = compiled_usage(kernel, capability, kinds, constants, num_warps=fused.WARPS)
-            require_fits(usage, capability)
+        tile = {"WIDTH": width, **fused.configuration(width, bits, getattr(torch, dtype).itemsize)}
+        padded = tile["BYTES"] * tile["PER_BYTE"]
+        spans = {"WIDTH": width, "PADDED": padded, "BLOCK": tile["BLOCK"]}
+        rounding = {"EPS": info.eps, "FLOOR": max(info.tiny * info.eps, 1.1754943508222875e-38)}
+        merged = {"WIDTH": width, "PADDED": padded, "LEVELS": 2**bits - 1, "AT_ONCE": fused.PARTS_AT_ONCE}
+        for kernel, constants, warps in (
+            (fused._channel_ranges, spans, fused.WARPS),
+            (fused._channel_scales, merged | rounding, 1),
+            (fused._pack, tile | rounding | {"BITS": bits}, fused.WARPS),
+        ):
+            require_fits(compiled_usage(kernel, capability, kinds, constants, num_warps=warps), capability)

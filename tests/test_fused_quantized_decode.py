@@ -87,7 +87,7 @@ def test_the_kernels_fit_on_the_gpu(capability):
     pytest.importorskip("triton")
     from ahead_of_time import TYPES, compiled_usage, require_fits
 
-    from lvlm_fix.kernels.fused import quantized_decode as fused
+    from lvlm_fix.kernels.fused import quantized_merge, quantized_spans
 
     types = dict.fromkeys(["numbers", "partial"], "*fp32") | {
         "kinds": "*u8",
@@ -97,16 +97,30 @@ def test_the_kernels_fit_on_the_gpu(capability):
     types |= dict.fromkeys(["first_span", "spans", "slots", "rows", "tail", "queries"], "i32")
     types |= dict.fromkeys(["scale", "rho", "min_image_attention", "p"], "fp32")
     same = ("query", "tail_key", "tail_value", "out")
-    cases = list(product(("float32", "bfloat16"), (64, 128, 256), (2, 4), (True, False)))
-    for dtype, width, bits, moved in cases:
+    # VAR needs the masks; without it there may be padding or none.
+    plain, padded, cured = (False, False), (True, False), (True, True)
+    cases = list(product(("float32", "bfloat16"), (128, 256), (2, 4), (padded, cured)))
+    cases += [("bfloat16", 128, 8, cured), ("float32", 80, 8, plain), ("float32", 80, 2, plain)]
+    cases += [("float16", 96, 4, plain), ("float16", 32, 8, plain)]
+    for dtype, width, bits, (masked, moved) in cases:
         kinds = types | dict.fromkeys(same, TYPES[dtype])
-        tile = fused.configuration(width, bits, moved, dtype == "float32")
+        tile = quantized_spans.configuration(width, bits, moved, dtype == "float32")
         warps = tile.pop("num_warps")
-        shared = {"KEY_HEADS": 8, "WIDTH": width, "MASKED": True, "MOVED": moved}
-        constants = shared | tile | {"BITS": bits, "ROWS": fused.ROWS, "PRECISE": dtype == "float32"}
-        usage = compiled_usage(fused._split, capability, kinds, constants, num_warps=warps)
+        shared = {"KEY_HEADS": 8, "WIDTH": width, "MASKED": masked, "MOVED": moved}
+        if not masked:
+            shared["kinds"] = None
+        constants = (
+            shared | tile | {"BITS": bits, "ROWS": quantized_spans.ROWS, "PRECISE": dtype == "float32"}
+        )
+        usage = compiled_usage(quantized_spans._split, capability, kinds, constants, num_warps=warps)
         require_fits(usage, capability)
-    blocks = {"CHANNELS": 256, "SPAN_BLOCK": fused.SPAN_BLOCK, "TAIL_BLOCK": fused.TAIL_BLOCK}
+    blocks = {
+        "CHANNELS": 256,
+        "SPAN_BLOCK": quantized_merge.SPAN_BLOCK,
+        "TAIL_BLOCK": quantized_merge.TAIL_BLOCK,
+    }
     constants = {"KEY_HEADS": 8, "WIDTH": 256, "MASKED": True, "MOVED": True, **blocks}
     kinds = types | dict.fromkeys(same, "*fp32")
-    require_fits(compiled_usage(fused._combine, capability, kinds, constants, num_warps=4), capability)
+    require_fits(
+        compiled_usage(quantized_merge._combine, capability, kinds, constants, num_warps=4), capability
+    )

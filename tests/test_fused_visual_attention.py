@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ahead_of_time import SHARED, TYPES, compiled_usage, require_fits, run_interpreted  # noqa: E402
+from ahead_of_time import REGISTERS, SHARED, TYPES, compiled_usage, require_fits, run_interpreted  # noqa: E402
 
 from lvlm_fix.kernels.fused import visual_attention, visual_decode  # noqa: E402
 from lvlm_fix.kernels.fused.launch import padded_width  # noqa: E402
@@ -25,7 +25,8 @@ PARTS = {"values": "*fp32", "sums": "*fp32", "first_query": "*i64", "first_b": "
 ALL = {**MASKS, **STRIDES, **COUNTS, **PARAMETERS, **LISTS, **PARTS}
 # A configuration is compiled at the largest head size that it serves, where it takes the most.
 each_configuration = pytest.mark.parametrize(
-    ("dtype", "width"), [("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 128)]
+    ("dtype", "width"),
+    [("bfloat16", 64), ("bfloat16", 128), ("float16", 256), ("float32", 128), ("float16", 80)],
 )
 each_capability = pytest.mark.parametrize("capability", [80, 90])
 
@@ -65,20 +66,24 @@ def test_each_configuration_for_prefill_fits_on_the_gpu(dtype, width, capability
     require_fits_everywhere(usage, capability)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["one query", "few queries"])
 @each_capability
 @each_configuration
-def test_each_configuration_for_decoding_fits_on_the_gpu(dtype, width, capability):
-    keys, warps, stages = visual_decode.decode_configuration(width, getattr(torch, dtype).itemsize)
-    blocks = {"BLOCK_M": visual_decode.ROWS, "BLOCK_N": keys}
+def test_each_configuration_for_decoding_fits_on_the_gpu(dtype, width, capability, causal):
+    tile = visual_decode.decode_configuration(width, getattr(torch, dtype).itemsize)
+    blocks = {"BLOCK_M": visual_decode.ROWS, "BLOCK_N": tile.keys, "CAUSAL": causal}
     usage = compiled_usage(
         visual_decode._visual_decode,
         capability,
         types(dtype),
         constants(width, masked=True) | blocks,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     require_fits_everywhere(usage, capability)
+    # As many programs as the launcher counts on. A KiB of shared memory of each is the system's.
+    assert tile.resident * usage.registers * usage.warps * 32 <= REGISTERS
+    assert tile.resident * (usage.shared + 1024) <= SHARED[capability] + 1024
 
 
 @each_capability
@@ -97,10 +102,11 @@ def test_the_small_kernels_fit_on_the_gpu(capability):
 @pytest.mark.parametrize("programs", [4, 32, 256])
 def test_decoding_splits_all_keys_into_runs_that_one_program_adds_up(tokens, programs, multiprocessors):
     keys = 64
-    length = visual_decode.run_length(tokens, programs, multiprocessors, keys)
+    places = 3 * multiprocessors
+    length = visual_decode.run_length(tokens, programs, places, keys)
     runs = -(-tokens // length)
     assert length % keys == 0
     assert 1 <= runs <= visual_decode.MOST_RUNS
     # As many programs as fill the GPU, or as short runs as pay.
-    wanted = min(visual_decode.PROGRAMS * multiprocessors // programs, visual_decode.MOST_RUNS)
+    wanted = min(places // programs, visual_decode.MOST_RUNS)
     assert runs >= wanted // 2 or length == 2 * keys

@@ -47,6 +47,7 @@ def test_a_quick_run_writes_what_it_promises(tmp_path):
         for form in ("front", "peer", "reference"):
             assert 0 < row[form]["lower"] <= row[form]["median"] <= row[form]["upper"]
             assert row[form]["runs"] >= 3
+        assert row["wall_seconds"] > 0
         for form in ("peer", "reference"):
             ratio = row[form]["median"] / row["front"]["median"]
             assert row[f"speed_over_{form}"] == pytest.approx(ratio)

@@ -259,35 +259,6 @@ def test_what_does_not_fit_is_said_in_a_sentence():
 # --- sparse_prefill -----------------------------------------------------------------------------------------
 
 
-def slow_sparse_prefill(query, key, value, important, redistribution=None, scale=None):
-    """Item by item: the important tokens in a list, attention among them, rows put back one by one."""
-    query, key, value = (x.double() for x in (query, key, value))
-    out = torch.zeros_like(query)
-    for item in range(query.shape[0]):
-        kept = [token for token in range(query.shape[2]) if important[item, token]]
-        if not kept:
-            continue
-        q, k, v = (x[item : item + 1, :, kept] for x in (query, key, value))
-        if redistribution is None:
-            masks = [torch.zeros(1, len(kept), dtype=torch.bool)] * 2
-            parameters = VAR | {"first_query": 0}
-        else:
-            masks = [
-                mask[item : item + 1, kept] for mask in (redistribution.image_mask, redistribution.sink_mask)
-            ]
-            first = int(torch.as_tensor(redistribution.first_query).expand(query.shape[0])[item])
-            parameters = {
-                "first_query": sum(token < first for token in kept),
-                "rho": redistribution.rho,
-                "min_image_attention": redistribution.min_image_attention,
-                "p": redistribution.p,
-            }
-        among = functional.visual_attention(q, k, v, *masks, scale=scale, **parameters)
-        for place, token in enumerate(kept):
-            out[item, :, token] = among[0, :, place]
-    return out
-
-
 @always
 @given(
     seed=seeds,
@@ -313,7 +284,9 @@ def test_sparse_prefill_agrees_with_a_loop(seed, dtype, batch, group, tokens, sh
     out = sparse_prefill(*inputs, important, redistribution=redistribution, key_mask=key_mask)
     attending = important if key_mask is None else important & key_mask
     assert out.dtype == dtype
-    assert error(out, slow_sparse_prefill(*inputs, attending, redistribution)) <= TOLERANCE[dtype]
+    wide = [x.double() for x in inputs]
+    options = {"redistribution": redistribution, "key_mask": key_mask}
+    assert error(out, functional.sparse_prefill(*wide, important, **options)) <= TOLERANCE[dtype]
     assert not out.transpose(1, 2)[~attending].any()
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.visual_common import LOG2_E, with_near_elements
+from lvlm_fix.kernels.fused.launch import with_near_elements
+from lvlm_fix.kernels.fused.visual_common import LOG2_E
 
 __all__ = ["cls_row_configuration", "fused_cls_row"]
 

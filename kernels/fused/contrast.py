@@ -25,7 +25,7 @@ WARPS = 4
 
 @triton.jit
 def _block_maxima(logits, maxima, vocabulary, blocks, BLOCK: tl.constexpr):
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * vocabulary + token, token < vocabulary, float("-inf"))
     tl.store(maxima + row * blocks + block, tl.max(x.to(tl.float32), axis=0))
@@ -47,7 +47,7 @@ def _combine(
     BLOCK: tl.constexpr,
     ARGMAX: tl.constexpr,
 ):
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     every = tl.arange(0, BLOCKS)
     cutoff = tl.max(tl.load(maxima + row * blocks + every, every < blocks, float("-inf")), axis=0) + log_beta
     token = block * BLOCK + tl.arange(0, BLOCK)
@@ -89,10 +89,11 @@ def fused_contrast(
     maxima, best = logits.new_empty(2, rows, blocks, dtype=torch.float32).unbind()
     best_token = logits.new_empty(rows if argmax else 0, blocks, dtype=torch.int32)
     most_likely = logits.new_empty(rows if argmax else 0, dtype=torch.long)
-    if rows:
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(logits):
         log_beta = math.log(beta) if beta > 0 else -math.inf
-        _block_maxima[(blocks, rows)](logits, maxima, vocabulary, blocks, BLOCK=BLOCK, num_warps=WARPS)
-        _combine[(blocks, rows)](
+        _block_maxima[(rows, blocks)](logits, maxima, vocabulary, blocks, BLOCK=BLOCK, num_warps=WARPS)
+        _combine[(rows, blocks)](
             logits,
             negative_logits,
             maxima,

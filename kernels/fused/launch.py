@@ -1,15 +1,58 @@
-"""What the launchers share: sizes that Triton can take."""
+"""What the fronts and launchers share: which tensors Triton takes, and how they must lie in memory."""
+
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+__all__ = [
+    "LOG2_E",
+    "capability",
+    "fits",
+    "fits_attention",
+    "fits_head",
+    "is_hopper",
+    "padded_width",
+    "precision",
+    "with_near_elements",
+    "within_reach",
+]
+
 WIDEST_HEAD = 256
+# In float32, attention over tiles of rows has no registers left beyond this: a product is three of split halves, and
+# every warp holds 16 whole rows of the query.
+WIDEST_FLOAT32 = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Base-2 exponents are what the hardware has. Kernels read it as `visual_common.LOG2_E`, their own kind of constant.
+LOG2_E = 1.4426950408889634
+# Ampere: before it there is no bfloat16, and no copy from memory to shared memory beside the arithmetic.
+OLDEST_CAPABILITY = 80
 
 
-def fits(query: Tensor) -> bool:
-    """Whether the Triton kernels take a query (..., D): on CUDA, not float64, and no head wider than 256."""
-    return query.is_cuda and query.dtype in DTYPES and query.shape[-1] <= WIDEST_HEAD
+def fits(x: Tensor) -> bool:
+    """Whether Triton's kernels take x: not empty, not float64, on a GPU they are made for, with Triton installed."""
+    return x.is_cuda and x.dtype in DTYPES and x.numel() > 0 and _has_kernels(x.device)
+
+
+def fits_head(query: Tensor) -> bool:
+    """Whether kernels that hold few query rows take a query (..., D): heads up to 256 wide."""
+    return fits(query) and query.shape[-1] <= WIDEST_HEAD
+
+
+def fits_attention(query: Tensor) -> bool:
+    """Whether `visual_attention` and `sparse_prefill` take a query (..., D): up to 256 wide, 128 in float32."""
+    widest = WIDEST_FLOAT32 if query.dtype == torch.float32 else WIDEST_HEAD
+    return fits(query) and query.shape[-1] <= widest
+
+
+@lru_cache(maxsize=64)
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton is here for a GPU of NVIDIA's, Ampere or newer; ROCm calls its devices CUDA too."""
+    if torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= OLDEST_CAPABILITY
 
 
 def padded_width(width: int) -> int:
@@ -30,7 +73,17 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
+def is_hopper(capability: int) -> bool:
+    """Whether a GPU has 227 KiB of shared memory and products that read it: Hopper, and Blackwell for data centres."""
+    return capability // 10 in (9, 10)
+
+
+def with_near_elements(x: Tensor) -> Tensor:
+    """x, or a copy of it, with the last dimension's elements side by side: the kernels read rows as wide words."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def within_reach(x: Tensor) -> Tensor:
-    """x (B, H, T, D), or a copy: the kernels read its rows as wide words, and count a head's elements in 32 bits."""
-    near = x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31
-    return x if near else x.contiguous()
+    """x (B, H, T, D) with near elements, or a copy: these kernels count a head's elements in 32 bits."""
+    x = with_near_elements(x)
+    return x if x.shape[2] * x.stride(2) < 2**31 else x.contiguous()

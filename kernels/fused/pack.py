@@ -4,9 +4,10 @@
     value_td -> round((v_td - min_t) / s_t),        v_td = value_td / c_d,  c_d = sqrt(max_t |value_td|),
                                                     s_t = (max_t - min_t) / (2^bits - 1)     over the channels d.
 
-Keys need their channels' range, values their channels' largest size, over all tokens: `_channel_ranges` leaves them
-for blocks of tokens, `_pack` puts the blocks together, rounds the ranges to the dtype of the input as torch does,
-and packs a block of tokens, keys and values at once. Every code is computed from the rounded numbers that are kept.
+Keys need their channels' range, values their channels' largest size, over all tokens. `_channel_ranges` leaves them
+for at most PARTS spans of tokens, `_channel_scales` puts the spans together and rounds to the dtype of the input as
+torch does, and `_pack` packs a block of tokens, keys and values at once. Every code is computed from the rounded
+numbers that are kept.
 
 A tile is (tokens, bytes, codes in a byte), so a byte is the sum over the last dimension of codes shifted apart.
 """
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from lvlm_fix.quantization import QuantizedTensor
 
-# Elements of a tile: 32 registers a thread of 4 warps for keys, and as many for values.
-TILE = 4096
+# Bytes of a tile of keys, and as many of values. Of halves it is 32 registers a thread of 4 warps, once they are
+# float32; of float32, where Triton holds what it has read as well, half as many.
+TILE = 8192
 WARPS = 4
+# Spans of tokens at most, so that the work does not grow with the square of the tokens, and those merged at once.
+PARTS = 64
+PARTS_AT_ONCE = 8
 
 
 @triton.jit
@@ -32,29 +37,71 @@ def _tile(token, tokens, head, WIDTH: tl.constexpr, BYTES: tl.constexpr, PER_BYT
     return (head * tokens + token)[:, None, None] * WIDTH + channel, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _channel_ranges(
     keys,
     values,
     partial,
     tokens,
-    blocks,
+    span,
     WIDTH: tl.constexpr,
-    BYTES: tl.constexpr,
-    PER_BYTE: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partial (R * H, blocks, 3, BYTES * PER_BYTE): minimum and maximum of keys, largest size of values."""
-    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, inside = _tile(block * BLOCK + tl.arange(0, BLOCK), tokens, head, WIDTH, BYTES, PER_BYTE)
-    low = tl.min(tl.load(keys + at, inside, float("inf")).to(tl.float32), axis=0)
-    high = tl.max(tl.load(keys + at, inside, float("-inf")).to(tl.float32), axis=0)
-    size = tl.max(tl.abs(tl.load(values + at, inside, 0.0).to(tl.float32)), axis=0)
-    channel = tl.arange(0, BYTES)[:, None] * PER_BYTE + tl.arange(0, PER_BYTE)[None, :]
-    place = partial + (head * blocks + block) * 3 * BYTES * PER_BYTE + channel
+    """partial (R * H, parts, 3, PADDED): minimum and maximum of keys, largest size of values, over a span of tokens."""
+    part, head, channel = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, PADDED)
+    low = tl.full((PADDED,), float("inf"), tl.float32)
+    high = tl.full((PADDED,), float("-inf"), tl.float32)
+    size = tl.zeros((PADDED,), tl.float32)
+    for begin in range(part * span, tl.minimum((part + 1) * span, tokens), BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        at = (head * tokens + token)[:, None] * WIDTH + channel[None, :]
+        inside = (token < tokens)[:, None] & (channel < WIDTH)[None, :]
+        x = tl.load(keys + at, inside, float("inf")).to(tl.float32)
+        low = tl.minimum(low, tl.min(x, axis=0))
+        high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), axis=0))
+        size = tl.maximum(size, tl.max(tl.abs(tl.load(values + at, inside, 0.0).to(tl.float32)), axis=0))
+    place = partial + (head * tl.num_programs(0) + part) * 3 * PADDED + channel
     tl.store(place, low)
-    tl.store(place + BYTES * PER_BYTE, high)
-    tl.store(place + 2 * BYTES * PER_BYTE, size)
+    tl.store(place + PADDED, high)
+    tl.store(place + 2 * PADDED, size)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _channel_scales(
+    partial,
+    key_scale,
+    key_low,
+    channel_scale,
+    parts,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    LEVELS: tl.constexpr,
+    EPS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Of one head: its channels' ranges over all tokens, rounded as they are kept."""
+    head, channel = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
+    low = tl.full((PADDED,), float("inf"), tl.float32)
+    high = tl.full((PADDED,), float("-inf"), tl.float32)
+    size = tl.zeros((PADDED,), tl.float32)
+    for begin in range(0, parts, AT_ONCE):
+        part = begin + tl.arange(0, AT_ONCE)
+        place = partial + ((head * parts + part) * 3 * PADDED)[:, None] + channel[None, :]
+        inside = (part < parts)[:, None]
+        low = tl.minimum(low, tl.min(tl.load(place, inside, float("inf")), axis=0))
+        high = tl.maximum(high, tl.max(tl.load(place + PADDED, inside, float("-inf")), axis=0))
+        size = tl.maximum(size, tl.max(tl.load(place + 2 * PADDED, inside, 0.0), axis=0))
+    there = channel < WIDTH
+    low, high = tl.where(there, low, 0.0), tl.where(there, high, 0.0)
+    step = tl.div_rn(high - low, tl.full((PADDED,), LEVELS, tl.float32))
+    # Square roots are rounded to the dtype of the input, and so is what they divide.
+    root = tl.sqrt_rn(size).to(channel_scale.dtype.element_ty).to(tl.float32)
+    at = head * WIDTH + channel
+    tl.store(key_scale + at, _round_up(step, key_scale, EPS, FLOOR), there)
+    tl.store(key_low + at, low, there)
+    tl.store(channel_scale + at, tl.where(root == 0, 1.0, root), there)
 
 
 @triton.jit
@@ -74,11 +121,10 @@ def _codes(x, low, scale, inside, BITS: tl.constexpr, PER_BYTE: tl.constexpr):
     return tl.sum(code << (tl.arange(0, PER_BYTE) * BITS)[None, None, :], axis=2).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pack(
     keys,
     values,
-    partial,
     key_codes,
     key_scale,
     key_low,
@@ -87,7 +133,6 @@ def _pack(
     value_low,
     channel_scale,
     tokens,
-    blocks,
     WIDTH: tl.constexpr,
     BYTES: tl.constexpr,
     PER_BYTE: tl.constexpr,
@@ -98,26 +143,11 @@ def _pack(
 ):
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BYTES)[:, None] * PER_BYTE + tl.arange(0, PER_BYTE)[None, :]
-    low = tl.full((BYTES, PER_BYTE), float("inf"), tl.float32)
-    high = tl.full((BYTES, PER_BYTE), float("-inf"), tl.float32)
-    size = tl.zeros((BYTES, PER_BYTE), tl.float32)
-    for other in range(0, blocks):
-        place = partial + (head * blocks + other) * 3 * BYTES * PER_BYTE + channel
-        low = tl.minimum(low, tl.load(place))
-        high = tl.maximum(high, tl.load(place + BYTES * PER_BYTE))
-        size = tl.maximum(size, tl.load(place + 2 * BYTES * PER_BYTE))
     there = channel < WIDTH
-    low, high = tl.where(there, low, 0.0), tl.where(there, high, 0.0)
+    scale = tl.load(key_scale + head * WIDTH + channel, there, 1.0).to(tl.float32)
+    low = tl.load(key_low + head * WIDTH + channel, there, 0.0).to(tl.float32)
+    channels = tl.load(channel_scale + head * WIDTH + channel, there, 1.0).to(tl.float32)
     LEVELS: tl.constexpr = 2**BITS - 1
-    scale = _round_up(tl.div_rn(high - low, tl.full((BYTES, PER_BYTE), LEVELS, tl.float32)), keys, EPS, FLOOR)
-    # Square roots are rounded to the dtype of the input, and so is what they divide.
-    channels = tl.sqrt_rn(size).to(values.dtype.element_ty).to(tl.float32)
-    channels = tl.where(channels == 0, 1.0, channels)
-    if block == 0:
-        at = head * WIDTH + channel
-        tl.store(key_scale + at, scale, there)
-        tl.store(key_low + at, low, there)
-        tl.store(channel_scale + at, channels, there)
 
     token = block * BLOCK + tl.arange(0, BLOCK)
     at, inside = _tile(token, tokens, head, WIDTH, BYTES, PER_BYTE)
@@ -141,49 +171,55 @@ def _pack(
     tl.store(value_low + head * tokens + token, low, token < tokens)
 
 
-def configuration(width: int, bits: int) -> dict[str, int]:
+def configuration(width: int, bits: int, itemsize: int) -> dict[str, int]:
     """Tile of a head size: bytes and codes a byte, filled up to powers of two, and as many tokens as TILE holds."""
     per_byte = 8 // bits
     byte_count = triton.next_power_of_2(triton.cdiv(width, per_byte))
-    return {"BYTES": byte_count, "PER_BYTE": per_byte, "BLOCK": max(1, TILE // (byte_count * per_byte))}
+    return {
+        "BYTES": byte_count,
+        "PER_BYTE": per_byte,
+        "BLOCK": max(1, TILE // itemsize // (byte_count * per_byte)),
+    }
 
 
 def fused_pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor, QuantizedTensor]:
     """`kernels.pack` by Triton, inputs unchecked."""
     keys, values = keys.contiguous(), values.contiguous()
     rows, heads, tokens, width = keys.shape
-    tile = configuration(width, bits)
+    tile = configuration(width, bits, keys.element_size())
     blocks = triton.cdiv(tokens, tile["BLOCK"])
+    span = triton.cdiv(blocks, PARTS) * tile["BLOCK"]
+    parts = triton.cdiv(tokens, span)
     padded = tile["BYTES"] * tile["PER_BYTE"]
-    partial = keys.new_empty(rows * heads, blocks, 3, padded, dtype=torch.float32)
+    partial = keys.new_empty(rows * heads, parts, 3, padded, dtype=torch.float32)
     used = triton.cdiv(width, tile["PER_BYTE"])
     # Each in memory of its own, whose beginning is aligned: decoding reads them as wide words.
     key_codes, value_codes = (keys.new_empty(rows, heads, tokens, used, dtype=torch.uint8) for _ in range(2))
     key_scale, key_low, channel_scale = (keys.new_empty(rows, heads, 1, width) for _ in range(3))
     value_scale, value_low = (keys.new_empty(rows, heads, tokens, 1) for _ in range(2))
-    grid = (blocks, rows * heads)
-    _channel_ranges[grid](keys, values, partial, tokens, blocks, WIDTH=width, **tile, num_warps=WARPS)
     info = torch.finfo(keys.dtype)
-    _pack[grid](
-        keys,
-        values,
-        partial,
-        key_codes,
-        key_scale,
-        key_low,
-        value_codes,
-        value_scale,
-        value_low,
-        channel_scale,
-        tokens,
-        blocks,
-        WIDTH=width,
-        **tile,
-        BITS=bits,
-        EPS=info.eps,
-        FLOOR=max(info.tiny * info.eps, torch.finfo(torch.float32).tiny),
-        num_warps=WARPS,
-    )
+    rounding = {"EPS": info.eps, "FLOOR": max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)}
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(keys):
+        _channel_ranges[(parts, rows * heads)](
+            keys,
+            values,
+            partial,
+            tokens,
+            span,
+            WIDTH=width,
+            PADDED=padded,
+            BLOCK=tile["BLOCK"],
+            num_warps=WARPS,
+        )
+        _channel_scales[(rows * heads,)](
+            partial, key_scale, key_low, channel_scale, parts,
+            WIDTH=width, PADDED=padded, LEVELS=2**bits - 1, AT_ONCE=PARTS_AT_ONCE, **rounding, num_warps=1,
+        )  # fmt: skip
+        _pack[(blocks, rows * heads)](
+            keys, values, key_codes, key_scale, key_low, value_codes, value_scale, value_low, channel_scale,
+            tokens, WIDTH=width, BITS=bits, **tile, **rounding, num_warps=WARPS,
+        )  # fmt: skip
     return (
         QuantizedTensor(key_codes, key_scale, key_low, bits, width),
         QuantizedTensor(value_codes, value_scale, value_low, bits, width, channel_scale),

@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import padded_width, precision, within_reach
+from lvlm_fix.kernels.fused.launch import LOG2_E, padded_width, precision, within_reach
 
 # Keys a program of the first pass reads: 640 tokens of 32 heads then fill half an H100, 2,900 tokens all of it.
 SPAN = 512
 # Tokens or rows of a program that only adds up.
 BLOCK_SUM = 128
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def _logits(
     return tl.where(visible, logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "PROBES"])
 def _row_statistics(
     query,
     key,
@@ -104,7 +103,7 @@ def _row_statistics(
     tl.store(total + slot, l, row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "rows"])
 def _merge_statistics(maximum, total, row_maximum, row_inverse, spans, rows, BLOCK_SUM: tl.constexpr):
     """m and 1 / l of every row; +inf and 0 for a row that sees nothing, so that its weights are 0."""
     head = tl.program_id(1).to(tl.int64)
@@ -124,7 +123,7 @@ def _merge_statistics(maximum, total, row_maximum, row_inverse, spans, rows, BLO
     tl.store(row_inverse + head * rows + row, tl.where(blind, 0.0, 1 / tl.where(blind, 1.0, l)), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "PROBES"])
 def _column_sums(
     query,
     key,
@@ -184,7 +183,7 @@ def _column_sums(
     tl.store(sums + tl.program_id(1).to(tl.int64) * tokens + column, summed, column < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "PROBES"])
 def _finish(
     sums,
     position,

@@ -14,9 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import capability, padded_width, precision, within_reach
-
-LOG2_E = 1.4426950408889634
+from lvlm_fix.kernels.fused.launch import (
+    LOG2_E,
+    capability,
+    is_hopper,
+    padded_width,
+    precision,
+    within_reach,
+)
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def _attend(
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index_b"])
 def _sparse_prefill(
     query,
     key,
@@ -155,7 +160,7 @@ def configuration(padded: int, dtype: torch.dtype, capability: int) -> dict[str,
         return {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if padded > 128:
         return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if padded == 128 and capability < 90:
+    if padded == 128 and not is_hopper(capability):
         return {"BLOCK_Q": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 

@@ -12,8 +12,8 @@ are few, are visited again from a list of their places and join `others` with th
     out = (others + (1 - p) * sinks + (1 + p * s_sink / s_receivers) * received) / s.
 
 Rows before the first query that may change, which in a prompt are nearly all, need one accumulator only. Both kinds
-of tiles are in one launch, so that neither waits for the other: tiles of changed rows are half as high, which
-makes their two accumulators as large as the one of plain tiles. A tile without rows of its kind ends at once.
+of tiles are in one launch, so that neither waits for the other: tiles of changed rows are half as high or less, so
+that their two accumulators are no larger than the one of plain tiles. A tile without rows of its kind ends at once.
 """
 
 import torch
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import padded_width
+from lvlm_fix.kernels.fused.launch import padded_width, with_near_elements
 from lvlm_fix.kernels.fused.visual_common import (
     BOOST,
     DOT,
@@ -32,7 +32,7 @@ from lvlm_fix.kernels.fused.visual_common import (
     kinds,
     load_rows,
     logits_of,
-    with_near_elements,
+    numbers_of,
 )
 from lvlm_fix.kernels.redistribution import Redistribution
 
@@ -45,8 +45,8 @@ def prefill_configuration(width: int, itemsize: int, hopper: bool) -> Launch:
     Halves: 128 rows x 128 columns of float32 over 256 threads are 64 registers each, and leave room for logits and
     queries; wider heads get fewer keys a block, or lower tiles. Hopper has 227 KiB of shared memory for longer
     pipelines, and its products read their operands from there; elsewhere all stays below the 99 KiB of the smallest
-    Ampere and Ada chips. float32 takes three products and twice the registers. What spills with any of Triton 3.6,
-    3.8 and 3.9, padded prompts included, is not here.
+    Ampere and Ada chips. float32 takes three products and twice the registers. The ahead-of-time tests see that
+    nothing spills, padded prompts included, at the sizes they try and with the Triton they run on.
     """
     block = padded_width(width)
     if itemsize == 4:
@@ -92,7 +92,7 @@ def visual_prefill(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         image.stride(0), sink.stride(0), seen.stride(0),
         heads // shared, queries, tokens, changed_tiles,
-        width**-0.5 if scale is None else scale, given.rho, given.min_image_attention, given.p,
+        *numbers_of(given, width, scale),
         CAUSAL=causal and queries > 1, MASKED=masked, WIDTH=width, BLOCK_D=padded_width(width),
         BLOCK_M=tile.rows, CHANGED_M=tile.changed, BLOCK_N=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -100,7 +100,7 @@ def visual_prefill(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_b", "sink_b", "seen_b", "tokens"])
 def _find_sinks(
     image, sink, seen, first_query, start, count, sinks,
     image_b, sink_b, seen_b, first_b, tokens,
@@ -126,7 +126,7 @@ def _find_sinks(
     tl.store(start + item, tl.where(image_sinks > 0, first, tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_b", "sink_b", "seen_b", "tokens", "queries", "changed_tiles"])
 def _visual_prefill(
     query, key, value, out, image, sink, seen, start, count, sinks,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, out_b, out_h, out_t,

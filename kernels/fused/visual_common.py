@@ -7,24 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import fits
+from lvlm_fix.kernels.fused import launch
+from lvlm_fix.kernels.fused.launch import with_near_elements
+from lvlm_fix.kernels.redistribution import Redistribution
 
 # Weights are rounded to the values' dtype before they meet them. Receivers' weights may be far below the row's
 # maximum and are scaled up at the end: 2^12 keeps them out of float16's subnormal numbers.
 BOOST = tl.constexpr(4096.0)
 # Base-2 exponents are what the hardware has.
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(launch.LOG2_E)
 # The smallest normal float32: below it there is nobody to give to, and budget / received would overflow.
 TINY = tl.constexpr(1.1754943508222875e-38)
-
-
 # Sinks read at a time: they are few.
 SINKS = tl.constexpr(16)
 # For float32 alone: three tensor-core products of the halves of each number keep about 21 of its 24 bits. Without
 # tensor cores ("ieee") the tiles do not fit in the registers.
 DOT = tl.constexpr("tf32x3")
-# Even so, float32 rows wider than this do not fit: every warp holds 16 whole rows of the query.
-WIDEST_FLOAT32 = 128
 
 
 class Launch(NamedTuple):
@@ -37,14 +35,10 @@ class Launch(NamedTuple):
     stages: int
 
 
-def takes(query: Tensor) -> bool:
-    """Whether there is a configuration for these queries (B, H, Q, D)."""
-    return fits(query) and query.numel() > 0 and (query.itemsize < 4 or query.shape[-1] <= WIDEST_FLOAT32)
-
-
-def with_near_elements(x: Tensor) -> Tensor:
-    """x, or a copy of it, with the last dimension's elements side by side: the kernels read rows as wide words."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def numbers_of(given: Redistribution, width: int, scale: float | None) -> tuple[float, float, float, float]:
+    """scale, rho, min_image_attention and p as floats: an int would be a kernel of its own, to be compiled."""
+    scale = width**-0.5 if scale is None else scale
+    return float(scale), float(given.rho), float(given.min_image_attention), float(given.p)
 
 
 def as_bytes(mask: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ One row has room for three accumulators, so here sinks need no second visit. Whe
 all (without one nothing changes) each program says of its own run.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import padded_width
+from lvlm_fix.kernels.fused.launch import padded_width, with_near_elements
 from lvlm_fix.kernels.fused.visual_common import (
     BOOST,
     DOT,
@@ -26,7 +28,7 @@ from lvlm_fix.kernels.fused.visual_common import (
     kinds,
     load_rows,
     logits_of,
-    with_near_elements,
+    numbers_of,
 )
 from lvlm_fix.kernels.redistribution import Redistribution
 
@@ -38,25 +40,36 @@ ROWS = 16
 MOST_RUNS = 64
 # Warps of that program: MOST_RUNS rows of the widest head are 64 registers each.
 COMBINING_WARPS = 8
-# Programs in flight on each multiprocessor that keep its memory pipes full.
-PROGRAMS = 4
 
 
-def decode_configuration(width: int, itemsize: int) -> tuple[int, int, int]:
-    """Keys of a block, warps and pipeline stages: 48 KiB of keys and values on their way.
+class Decoding(NamedTuple):
+    """Keys of a block, warps, pipeline stages, and programs that a multiprocessor of sm_80 or sm_90 holds at once."""
+
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
+def decode_configuration(width: int, itemsize: int) -> Decoding:
+    """Tiles for heads of `width` elements of `itemsize` bytes: 48 KiB of keys and values on their way.
 
     That leaves room for more than one program on a multiprocessor, and stays below the 99 KiB of shared memory of
     the smallest Ampere and Ada chips. Every warp holds all rows of the query, so wide heads and float32 take twice
-    the warps.
+    the warps. How many programs fit is counted in registers and shared memory, see the ahead-of-time test: with more
+    than fit, the last of them would run alone at the end.
     """
+    block = padded_width(width)
     if itemsize == 4:
-        return 32, 8, 2
-    return (32, 4, 4) if padded_width(width) <= 128 else (32, 8, 3)
+        return Decoding(32, 8, 2, 1)
+    if block <= 128:
+        return Decoding(32, 4, 4, 4 if block <= 64 else 3)
+    return Decoding(32, 8, 3, 1)
 
 
-def run_length(tokens: int, programs: int, multiprocessors: int, keys: int) -> int:
-    """Keys a program takes, whole blocks of `keys`, so that `programs` times the runs fill the GPU."""
-    runs = min(MOST_RUNS, max(1, PROGRAMS * multiprocessors // programs))
+def run_length(tokens: int, programs: int, places: int, keys: int) -> int:
+    """Keys a program takes, whole blocks of `keys`, so that `programs` times the runs fill the GPU's `places`."""
+    runs = min(MOST_RUNS, max(1, places // programs))
     return max(2, triton.cdiv(triton.cdiv(tokens, runs), keys)) * keys
 
 
@@ -80,33 +93,35 @@ def visual_decode(
     image, sink = as_bytes(given.image_mask), as_bytes(given.sink_mask)
     seen = as_bytes(key_mask) if key_mask is not None else sink
     first = given.first_queries()
-    keys, warps, stages = decode_configuration(width, query.element_size())
+    tile = decode_configuration(width, query.element_size())
     row_tiles = triton.cdiv(group * queries, ROWS)
-    length = run_length(tokens, batch * shared * row_tiles, multiprocessors, keys)
+    length = run_length(tokens, batch * shared * row_tiles, tile.resident * multiprocessors, tile.keys)
     runs = triton.cdiv(tokens, length)
     # Of each row and run: weighted values of others, receivers and sinks, then the maximum and four sums.
     values = torch.empty(batch, heads, queries, runs, 3, width, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, queries, 5, runs, dtype=torch.float32, device=query.device)
     image_sinks = torch.empty(batch, shared, runs, dtype=torch.int32, device=query.device)
     block_d = padded_width(width)
+    scale, *gate = numbers_of(given, width, scale)
     _visual_decode[(runs, shared * row_tiles, batch)](
         query, key, value, image, sink, seen, values, sums, image_sinks,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         image.stride(0), sink.stride(0), seen.stride(0),
-        shared, group, queries, tokens, length, width**-0.5 if scale is None else scale,
+        shared, group, queries, tokens, length, scale,
         CAUSAL=causal and queries > 1, MASKED=key_mask is not None,
-        WIDTH=width, BLOCK_D=block_d, BLOCK_M=ROWS, BLOCK_N=keys, num_warps=warps, num_stages=stages,
+        WIDTH=width, BLOCK_D=block_d, BLOCK_M=ROWS, BLOCK_N=tile.keys,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine[(heads * queries, batch)](
         values, sums, image_sinks, first, out,
         *out.stride()[:3], 0 if len(first) == 1 else 1,
-        heads, shared, queries, tokens, runs, given.rho, given.min_image_attention, given.p,
+        heads, shared, queries, tokens, runs, *gate,
         WIDTH=width, BLOCK_D=block_d, BLOCK_R=max(2, triton.next_power_of_2(runs)), num_warps=COMBINING_WARPS,
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_b", "sink_b", "seen_b", "tokens", "queries", "length"])
 def _visual_decode(
     query, key, value, image, sink, seen, values, sums, image_sinks,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, image_b, sink_b, seen_b,
@@ -182,7 +197,7 @@ def _visual_decode(
     tl.store(image_sinks + (item * shared + key_head) * runs + run, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "shared", "queries", "tokens", "runs"])
 def _combine(
     values, sums, image_sinks, first_query, out,
     out_b, out_h, out_t, first_b, heads, shared, queries, tokens, runs, rho, min_image_attention, p,

@@ -1,17 +1,11 @@
 """Triton's contrast in the interpreter, against the float64 oracle; started by `test_fused_contrast.py`."""
 
-import os
-
 import pytest
 import torch
+from on_device import TOLERANCE
 
 from lvlm_fix import functional
 from lvlm_fix.kernels.fused.contrast import fused_contrast
-
-assert os.environ["TRITON_INTERPRET"] == "1"
-# What the kernels leave unwritten in fresh memory would be NaN.
-torch.use_deterministic_algorithms(True)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype)[6:])

@@ -1,19 +1,14 @@
 """Triton's pack in the interpreter, against `quantize_kv`; started by `test_fused_pack.py`."""
 
-import os
-
 import pytest
 import torch
+from on_device import TOLERANCE
 
 from lvlm_fix.functional import dequantize_kv, quantize_kv
 from lvlm_fix.kernels.fused.pack import fused_pack
 
-assert os.environ["TRITON_INTERPRET"] == "1"
-# What the kernels leave unwritten in fresh memory would be NaN.
-torch.use_deterministic_algorithms(True)
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 32), (70, 7), (33, 80), (70, 128), (19, 256)])
 def test_the_codes_are_those_of_quantize_kv(dtype, bits, tokens, width):
@@ -25,7 +20,7 @@ def test_the_codes_are_those_of_quantize_kv(dtype, bits, tokens, width):
     expected = quantize_kv(keys, bits, -2), quantize_kv(values, bits, -1, channel_normalize=True)
     for name in ("packed", "scale", "zero_point"):
         assert torch.equal(getattr(packed_keys, name), getattr(expected[0], name)), name
-        if dtype == torch.float16:
+        if dtype != torch.float32:
             assert torch.equal(getattr(packed_values, name), getattr(expected[1], name)), name
     assert packed_values.packed.shape == expected[1].packed.shape
     # torch's square root on a CPU is off by one in the last place of a float32 here and there, and a code with it.

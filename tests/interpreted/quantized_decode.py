@@ -1,19 +1,15 @@
 """Triton's quantized_decode in the interpreter, against float64; started by `test_fused_quantized_decode.py`."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+from on_device import TOLERANCE
 
 from lvlm_fix import functional
 from lvlm_fix.kernels import Redistribution, pack
 from lvlm_fix.kernels.fused.quantized_decode import fused_quantized_decode
 
-assert os.environ["TRITON_INTERPRET"] == "1"
-# What the kernels leave unwritten in fresh memory would be NaN.
-torch.use_deterministic_algorithms(True)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 VAR = {"rho": 0.3, "min_image_attention": 0.1, "p": 0.6}
 both_dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype)[6:])
 

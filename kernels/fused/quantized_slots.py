@@ -1,0 +1,63 @@
+"""What the kernels of `quantized_decode` are told: what a slot holds, and where the tensors of each span lie."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lvlm_fix.kernels.dispatch import once_a_group
+from lvlm_fix.kernels.redistribution import Redistribution
+from lvlm_fix.quantization import QuantizedTensor
+
+# What kind of token a slot holds, as bits of one byte.
+VISIBLE, RECEIVER, SINK, IMAGE_SINK = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+# Columns of the table of spans: seven addresses, then the group's tokens, where the span begins and ends, and the
+# slot of the group's first token.
+COLUMNS = tl.constexpr(11)
+# Numbers a span leaves a query: the largest logit, and the sums of the weights of four classes.
+NUMBERS = tl.constexpr(5)
+
+
+def slot_kinds(
+    key_mask: Tensor | None, given: Redistribution | None, rows: int, slots: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The kinds of all slots (R, S) uint8, and the first slot (R,) of a query that may be changed."""
+    if given is None:
+        return None if key_mask is None else key_mask.contiguous().view(torch.uint8), None
+    if key_mask is None:
+        key_mask = torch.ones(rows, slots, dtype=torch.bool, device=device)
+    image, sink = given.image_mask & key_mask, given.sink_mask & key_mask
+    kinds = VISIBLE.value * key_mask + RECEIVER.value * (image & ~sink)
+    kinds = kinds + SINK.value * sink + IMAGE_SINK.value * (image & sink)
+    start = torch.where((image & sink).any(-1), given.first_queries().to(torch.long), slots)
+    return kinds.to(torch.uint8), start.contiguous()
+
+
+@once_a_group
+def group_tensors(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The tensors of a group in the order of the table, contiguous and aligned, and their addresses."""
+    channel_scale = values.channel_scale
+    if channel_scale is None:
+        channel_scale = torch.ones_like(keys.scale)
+    parts = (keys.packed, keys.scale, keys.zero_point, values.packed, values.scale, values.zero_point)
+    tensors = [x.contiguous() for x in (*parts, channel_scale)]
+    tensors = [x.clone() if x.data_ptr() % 16 else x for x in tensors]
+    return tensors, tuple(x.data_ptr() for x in tensors)
+
+
+# Two tables a layer of a deep model, several times over.
+@lru_cache(maxsize=1024)
+def span_table(groups: tuple[tuple[int, ...], ...], span: int, device: torch.device) -> Tensor:
+    """One line a span of `span` tokens, of COLUMNS numbers: the same addresses and sizes make the same table.
+
+    A group is its seven addresses, its number of tokens and the slot of its first.
+    """
+    lines = [
+        (*addresses, tokens, begin, min(begin + span, tokens), slot)
+        for *addresses, tokens, slot in groups
+        for begin in range(0, tokens, span)
+    ]
+    return torch.tensor(lines, dtype=torch.long, device=device)
