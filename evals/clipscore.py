@@ -5,26 +5,21 @@ The reference-free score, `2.5 * max(cos(picture, caption), 0)`, of any OpenCLIP
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .records import DataError, read_json
+from .clip_model import CONFIG, Clip, clip_of_file, clip_of_folder, folder_hash
 from .statistics import Array, ratio
-from .tasks import Chair, file_hash
+from .tasks import Chair
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
 WEIGHT = 2.5  # the paper's w, "to stretch the range": cosines of a ViT-B/32 hardly pass 0.4
-PREFIX = "A photo depicts"  # what the paper, section 3, puts before every caption
-CONFIG = "open_clip_config.json"
-_PARTS = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
 
 
 class ClipScore(NamedTuple):
@@ -34,72 +29,45 @@ class ClipScore(NamedTuple):
     truncated: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """An OpenCLIP model with its preprocessing, its tokenizer, and what it puts before a caption."""
-
-    name: str
-    sha256: str
-    prefix: str
-    model: Any
-    preprocess: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[..., Tensor]
-
-    def images(self, pictures: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Features (pictures, width), normalised, float32."""
-        import torch
-
-        from lvlm_fix import open_picture
-
-        pixels = torch.stack([self.preprocess(open_picture(picture)) for picture in pictures])
-        with torch.inference_mode():
-            return self.model.encode_image(pixels.to(_device(self.model)), normalize=True).float().cpu()
-
-    def texts(self, captions: Sequence[str]) -> tuple[Tensor, list[bool]]:
-        """Features (captions, width), normalised, float32, and which captions were cut."""
-        import torch
-
-        ids = self.tokenizer(list(captions))
-        # A caption that was cut has room for one more token where there is room for one more.
-        wider = self.tokenizer(list(captions), context_length=ids.shape[1] + 1)
-        padding = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None) or 0
-        cut = (wider != padding).sum(1) > (ids != padding).sum(1)
-        with torch.inference_mode():
-            features = self.model.encode_text(ids.to(_device(self.model)), normalize=True)
-        return features.float().cpu(), cut.tolist()
-
-
 def embedded_clip() -> Path:
     """Folder of the small OpenCLIP model that ships with the package; it knows the embedded scenes' world alone."""
     return Path(str(files("lvlm_fix.assets"))) / "clip"
 
 
 def load_clip(folder: str | Path | None = None, prefix: str | None = None) -> Clip:
-    """Load an OpenCLIP model from a local folder as `open_clip` saves it; nothing is downloaded for it.
+    """Load an OpenCLIP model from a local folder as `open_clip` saves it, or a file; nothing is downloaded for it.
 
     Args:
         folder: holds `open_clip_config.json`, the weights, and the tokenizer's files where the model has a tokenizer
-            of its own (otherwise it is CLIP's, which comes with open_clip). By default the embedded one.
+            of its own (otherwise it is CLIP's, which comes with open_clip). Or the name by which open_clip knows the
+            architecture and a file of weights, such as `ViT-B-32:weights.safetensors`, read with CLIP's tokenizer and
+            preprocessing. By default the embedded model.
         prefix: put before every caption; by default what the folder's configuration names under `clipscore`, as the
             embedded model's does ("", for it learnt captions as they stand), or else the paper's "A photo depicts".
 
     Raises:
-        FileNotFoundError: no such folder, or no configuration in it.
-        DataError: a folder that does not hold what `open_clip` can load.
+        FileNotFoundError: no such folder or file, or no configuration in it.
+        DataError: a folder that does not hold what `open_clip` can load without a download.
     """
     place = embedded_clip() if folder is None else Path(folder).expanduser()
-    if not place.is_dir():
+    if not place.is_dir() and ":" in str(place):
+        clip = clip_of_file(*str(place).split(":", 1))
+    elif not place.is_dir():
         raise FileNotFoundError(f"{place}: there is no such folder of an OpenCLIP model; check --clip")
-    if not (place / CONFIG).is_file():
-        raise FileNotFoundError(f"{place}: holds no {CONFIG}, so it is no OpenCLIP model; check --clip")
-    clip = _load(str(place), _folder_hash(place))
+    elif not (place / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{place}: holds no {CONFIG}, so it is no OpenCLIP model; check --clip, or name architecture and weights, "
+            "as ViT-B-32:weights.safetensors"
+        )
+    else:
+        clip = clip_of_folder(str(place), folder_hash(place))
     if prefix is None or prefix == clip.prefix:
         return clip
-    return Clip(**{field.name: getattr(clip, field.name) for field in fields(Clip)} | {"prefix": prefix})
+    return replace(clip, prefix=prefix)
 
 
 def clip_scores(
-    model_folder: str | Path | None,
+    model: str | Path | Clip | None,
     pairs: Iterable[tuple[str | Path | Image.Image, str]],
     *,
     prefix: str | None = None,
@@ -110,9 +78,9 @@ def clip_scores(
     Pictures and captions that occur several times are encoded once. On a GPU if there is one, in float32.
 
     Args:
-        model_folder: as `load_clip` takes it; None is the embedded model.
+        model: what `load_clip` takes, None for the embedded one, or what it returns.
         pairs: pictures (paths or Pillow images) and captions.
-        prefix: as `load_clip` takes it.
+        prefix: as `load_clip` takes it; of a loaded model its own.
         batch_size: pictures, or captions, encoded at once.
 
     Raises:
@@ -125,7 +93,7 @@ def clip_scores(
     """
     import torch
 
-    clip = load_clip(model_folder, prefix)
+    clip = model if isinstance(model, Clip) else load_clip(model, prefix)
     pairs = list(pairs)
     keys = [str(picture) if isinstance(picture, str | Path) else id(picture) for picture, _ in pairs]
     pictures = dict(zip(keys, (picture for picture, _ in pairs), strict=True))
@@ -149,11 +117,11 @@ def clip_scores(
 class ClipScoredChair(Chair):
     """CHAIR, and besides it CLIPScore of the same captions: its mean, times 100 as tables print it."""
 
-    clip: str | None = None  # folder; None is the embedded one
-    prefix: str | None = None
+    clip: Clip = field(kw_only=True)
 
     metrics_shown: ClassVar[tuple[str, ...]] = (*Chair.metrics_shown, "clipscore")
     better: ClassVar[Mapping[str, int]] = {**Chair.better, "clipscore": 1}
+    late: ClassVar[tuple[str, ...]] = ("clipscore", "clipscore_truncated")
     columns: ClassVar[tuple[str, ...]] = (*Chair.columns, "clipscore_total", "truncated_captions")
 
     @classmethod
@@ -162,22 +130,21 @@ class ClipScoredChair(Chair):
 
         Raises `OSError` and `DataError` as `load_clip` does.
         """
-        load_clip(folder, prefix)
-        own = {field.name: getattr(task, field.name) for field in fields(Chair)}
-        return cls(**own, clip=None if folder is None else str(folder), prefix=prefix)
+        own = {one.name: getattr(task, one.name) for one in fields(Chair)}
+        return cls(**own, clip=load_clip(folder, prefix))
 
     @property
     def late_options(self) -> dict[str, Any]:
         import open_clip
 
-        clip = load_clip(self.clip, self.prefix)
+        clip = self.clip
         own = {"name": clip.name, "sha256": clip.sha256, "prefix": clip.prefix, "weight": WEIGHT}
         return {"clipscore": {**own, "open_clip": open_clip.__version__}}
 
     def late_columns(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         paths = {item.id: item.path for item in self.items}
         pairs = [(paths[row["id"]], row["answer"]) for row in rows]
-        scores = clip_scores(self.clip, pairs, prefix=self.prefix)
+        scores = clip_scores(self.clip, pairs)
         return [{"clipscore": round(one.score, 6), "clipscore_truncated": one.truncated} for one in scores]
 
     def counts(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -187,37 +154,6 @@ class ClipScoredChair(Chair):
     def metrics(self, counts: Array) -> dict[str, Array]:
         captions, total = counts[..., 0], counts[..., -2]
         return {**super().metrics(counts[..., :-2]), "clipscore": 100 * ratio(total, captions)}
-
-
-@lru_cache(maxsize=2)
-def _load(folder: str, sha256: str) -> Clip:
-    """Keyed by what the folder holds, too: a changed one is loaded anew."""
-    import open_clip
-
-    try:
-        config = read_json(Path(folder) / CONFIG)
-        prefix = config.get("clipscore", {}).get("prefix", PREFIX)
-        model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        tokenizer(["a"])
-    except Exception as error:  # whatever open_clip, torch or the tokenizer make of a foreign folder
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(
-            f"{folder}: holds no OpenCLIP model that can be loaded ({reason}); save it again, or check --clip"
-        ) from error
-    return Clip(Path(folder).resolve().name, sha256, str(prefix), model.eval(), preprocess, tokenizer)
-
-
-def _folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of weights, configuration and tokenizer files."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _PARTS):
-        total.update(f"{path.name}\n{file_hash(path)}\n".encode())
-    return total.hexdigest()
-
-
-def _device(model: Any) -> Any:
-    return next(model.parameters()).device
 
 
 def _parts(items: list[Any], size: int) -> list[list[Any]]:

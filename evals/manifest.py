@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .processes import Process
 from .records import DataError, read_json
 from .settings import Decoding, Setting
-from .tasks import Task, file_hash
+from .sources import file_hash
+from .tasks import Task
 
 if TYPE_CHECKING:
     from lvlm_fix import LVLM
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 FILE = "manifest.json"
 LIBRARIES = ("lvlm-fix", "torch", "transformers", "tokenizers", "numpy", "pillow")
 # May differ between the parts of a run: they say where it was made, not what.
-FREE = ("command", "created", "environment", "model.name", "late")
+FREE = ("command", "created", "environment", "model.name", "late", "measured")
 _WEIGHTS = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
@@ -42,8 +43,9 @@ def describe(
     `model` is the name that it was loaded by; without one its weights are hashed as they are in memory, for
     they may have been changed.
     """
+    asked = known_without_model(task, settings, decoding, batch_size)
     return {
-        "task": {"name": task.name, "items": len(task.items), **task.options},
+        "task": asked.pop("task"),
         "model": {
             "name": model or loaded(lvlm).name_or_path,
             "sha256": model_hash(lvlm, in_memory=model is None),
@@ -52,18 +54,33 @@ def describe(
         "device": device_name(lvlm),
         "chat_template": getattr(lvlm.processor, "chat_template", None),
         "prompts": prompts(task, lvlm),
-        "decoding": decoding.as_dict(),
-        "batch_size": batch_size,
-        "settings": [setting.as_dict() for setting in settings],
-        "data": dict(task.data),
+        **asked,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         "command": list(sys.argv if command is None else command),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": now(),
         "environment": {
             "system": platform.platform(),
             "processors": os.cpu_count(),
             "processes": Process.from_environment().world,
         },
+    }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def known_without_model(
+    task: Task, settings: Sequence[Setting], decoding: Decoding, batch_size: int
+) -> dict[str, Any]:
+    """The parts of a manifest that are known before a model is loaded."""
+    return {
+        "task": {"name": task.name, "items": len(task.items), **task.options},
+        "decoding": decoding.as_dict(),
+        "batch_size": batch_size,
+        "settings": [setting.as_dict() for setting in settings],
+        "data": dict(task.data),
     }
 
 
@@ -127,14 +144,7 @@ def claim(out: Path, manifest: Mapping[str, Any], first: bool, wait: Callable[[]
     while not first and not path.exists() and wait():
         pass
     if path.exists():
-        there = read_json(path)
-        if not isinstance(there, dict):
-            raise DataError(f"{path}: is not a manifest; give another folder with --out")
-        difference = first_difference(there, manifest)
-        if difference:
-            raise ValueError(
-                f"{out} holds results of another run: {difference}; give another folder with --out"
-            )
+        refuse_another(out, manifest)
         return
     if any(out.glob("results-*.jsonl")):
         raise ValueError(
@@ -145,11 +155,32 @@ def claim(out: Path, manifest: Mapping[str, Any], first: bool, wait: Callable[[]
     write_json(path, manifest)
 
 
-def note_late(out: Path, options: Mapping[str, Any]) -> None:
-    """Note in the manifest of `out` what the late columns of its results were made with."""
+def refuse_another(out: Path, manifest: Mapping[str, Any], partly: bool = False) -> None:
+    """Compare the manifest of a run, or `partly` those keys of it that are given, with the one in `out`, if any.
+
+    Raises `ValueError`, naming the first key that differs, and `OSError` where `out` is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, and a run needs a folder; give another with --out")
+    path = out / FILE
+    if not path.exists():
+        return
+    there = read_json(path)
+    if not isinstance(there, dict):
+        raise DataError(f"{path}: is not a manifest; give another folder with --out")
+    if partly:
+        there = {key: value for key, value in there.items() if key in manifest}
+    difference = first_difference(there, manifest)
+    if difference:
+        raise ValueError(f"{out} holds results of another run: {difference}; give another folder with --out")
+
+
+def note(out: Path, **values: Any) -> None:
+    """Write keys of `FREE` into the manifest of `out`, as JSON has them; None takes a key away."""
     there = read_json(out / FILE)
-    if there.get("late") != options:
-        write_json(out / FILE, {**there, "late": dict(options)})
+    changed = {key: value for key, value in (there | values).items() if value is not None}
+    if changed != there:
+        write_json(out / FILE, changed)
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

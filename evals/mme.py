@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .records import DataError, read_bytes
+from .sources import pictures_hash
 from .statistics import Array, ratio
-from .tasks import Item, Task, pictures_hash
+from .tasks import Item, Task
 
 SUBSETS = ("existence", "count", "position", "color")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -22,6 +22,11 @@ class Process(NamedTuple):
     world: int = 1
     local_rank: int = 0
 
+    @property
+    def file_rank(self) -> int | None:
+        """Which results file is this process's own; None where it is alone."""
+        return self.rank if self.world > 1 else None
+
     @classmethod
     def from_environment(cls) -> Process:
         """What torchrun, `accelerate launch` or mpirun say; without them the only process.

@@ -100,11 +100,13 @@ def read_bytes(path: str | Path) -> bytes:
 def read_json(path: str | Path) -> Any:
     """The one JSON value that a (possibly gzipped) UTF-8 file holds; keys given twice are an error."""
     data = read_bytes(path)
+    _refuse_utf16(data, path)
     try:
         return _parse(_decode(data, str(path), 0))
     except json.JSONDecodeError as error:
         place = f"{path}, line {error.lineno}, column {error.colno}"
-        raise DataError(f"{place}: not valid JSON ({error.msg}); correct it or make the file again") from None
+        reason = error.msg.removesuffix(" starting at")
+        raise DataError(f"{place}: not valid JSON ({reason}); correct it or make the file again") from None
     except _KeyTwice as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -116,8 +118,7 @@ def read_jsonl(path: str | Path, faults: Faults | None = None) -> Iterator[Recor
     """
     faults = faults or Faults()
     data = read_bytes(path)
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}: is UTF-16, not UTF-8; save it as UTF-8")
+    _refuse_utf16(data, path)
     offset = 0
     for number, line in enumerate(data.split(b"\n"), 1):
         record = None
@@ -128,8 +129,18 @@ def read_jsonl(path: str | Path, faults: Faults | None = None) -> Iterator[Recor
         offset += len(line) + 1
 
 
+def check_place(path: str | Path) -> None:
+    """Refuse a file that cannot be written because of where it is. Raises `OSError`."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+
+
 def write_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line; the file appears complete or not at all. Raises `OSError`."""
+    check_place(path)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -151,7 +162,8 @@ def _record(line: bytes, where: str, offset: int) -> Record:
     try:
         value = _parse(_decode(line, where, offset))
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
+        # Some messages end in "at" themselves.
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise DataError(f"{where}: not valid JSON ({reason}); correct the line") from None
     except _KeyTwice as error:
         raise DataError(f"{where}: {error}") from None
@@ -176,6 +188,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _KeyTwice(f'the key "{twice}" is given twice in one object; keep one')
     return values
+
+
+def _refuse_utf16(data: bytes, path: str | Path) -> None:
+    """Of UTF-16 a byte order mark tells, or that every other byte of the first few, which JSON has from ASCII, is 0."""
+    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if marked or (len(data) >= 2 and {data[:4:2].strip(b"\0"), data[1:4:2].strip(b"\0")} > {b""}):
+        raise DataError(f"{path}: is UTF-16, not UTF-8; save it as UTF-8")
 
 
 def _decode(data: bytes, where: str, offset: int) -> str:

@@ -11,9 +11,11 @@ from .report_markup import Markup, document, element, join, listed, style
 from .report_pictures import Thumbnail
 from .report_plots import Point, legend, scatter, setting_name
 from .report_runs import Run
-from .report_tables import comparisons, facts, how_compared, results, speed
+from .report_tables import comparisons, facts, how_compared, how_read, results, speed
 from .report_words import (
-    BENCHMARKS,
+    CLIPSCORE,
+    CLIPSCORE_PAPER,
+    benchmark,
     decoding,
     direction,
     metric_name,
@@ -94,7 +96,8 @@ def _opening(run: Run, several: bool) -> Markup:
 
 
 def _heading(run: Run, several: bool) -> str:
-    return f"{run.task.name.upper()}, {run.folder.name}" if several else run.task.name.upper()
+    name, folder = run.task.name.upper(), run.folder.name
+    return f"{name}, {folder}" if several and folder.upper() != name else name
 
 
 def _section(
@@ -105,13 +108,14 @@ def _section(
     shown: Sequence[Disagreement],
     pictures: Mapping[str, Thumbnail],
 ) -> Markup:
-    benchmark = BENCHMARKS[run.task.name]
-    paper = element("a", f"arXiv {benchmark.paper}", href=f"https://arxiv.org/abs/{benchmark.paper}")
+    own = benchmark(run)
     parts: list[Markup] = [
         element("h2", _heading(run, several), id=f"{name}-heading"),
-        element("p", benchmark.about, " (", paper, ")"),
+        element("p", own.about, " (", _paper(own.paper), ")"),
+        *([element("p", CLIPSCORE, " (", _paper(CLIPSCORE_PAPER), ")")] if run.clipscored else []),
         element("h3", "Results"),
         results(run),
+        *(element("p", text, class_="note") for text in how_read(run)),
     ]
     if len(run.names) > 1:
         parts += [
@@ -128,8 +132,12 @@ def _section(
     return element("section", *parts, facts(run), id=name, aria_labelledby=f"{name}-heading")
 
 
+def _paper(number: str) -> Markup:
+    return element("a", f"arXiv {number}", href=f"https://arxiv.org/abs/{number}")
+
+
 def _quality(run: Run, name: str) -> Markup:
-    metrics = BENCHMARKS[run.task.name].plotted
+    metrics = benchmark(run).plotted
     split = MEAN if MEAN in run.splits else run.splits[0]
     axes = [(metric, "seconds_per_answer", "seconds an answer (lower is better)") for metric in metrics]
     axes.append((metrics[0], "tokens_per_second", "tokens a second (higher is better)"))
@@ -139,7 +147,8 @@ def _quality(run: Run, name: str) -> Markup:
     ]
     what = f", mean of {len(run.splits) - 1} splits" if split == MEAN else ""
     note = f"Each sign is a setting{what}; upright lines are {run.summary['confidence']:.0%} intervals. "
-    note += "Time is that of the whole batch, shared among its answers."
+    note += "Time is that of the whole batch, shared among its answers; it has no interval, so read small differences "
+    note += "as none."
     return element(
         "figure",
         legend(run.names),
@@ -158,7 +167,9 @@ def _plot(run: Run, metric: str, split: str, key: str, x_label: str, name: str) 
         pace = seconds(x) if key == "seconds_per_answer" else f"{x:,.1f} tokens/s"
         told.append(f"{setting_name(setting['name'])}: {value:.1f} ({low:.1f} to {high:.1f}), {pace}")
     way = direction(run, metric)
-    y_label = ", ".join(filter(None, (metric_name(metric), unit(metric)))) + (f" ({way})" if way else "")
+    y_label = ", ".join(filter(None, (metric_name(metric), unit(metric).split(",")[0]))) + (
+        f" ({way})" if way else ""
+    )
     title = f"{run.task.name.upper()}: {metric_name(metric)} against {x_label.split(' (')[0]}"
     return scatter(points, x_label, y_label, title, "; ".join(told), name)
 

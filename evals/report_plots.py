@@ -150,8 +150,11 @@ def _bar(point: Point, x: float, low: float, high: float) -> Markup:
 
 def _labels(points: Sequence[Point], places: Sequence[_Place], bars: Sequence[_Place]) -> Iterator[Markup]:
     """Names beside their signs, where they cover least; far ones with a line to their sign."""
-    taken: list[Box] = [(x - 8, y - 8, x + 8, y + 8) for x, y in places]
-    taken += [(x - 4, high, x + 4, low) for (x, _), (low, high) in zip(places, bars, strict=True)]
+    taken: list[tuple[float, Box]] = [(2, (x - 8, y - 8, x + 8, y + 8)) for x, y in places]
+    for (x, _), span in zip(places, bars, strict=True):
+        taken.append((1, (x - 4, span[1], x + 4, span[0])))
+        # A label's halo wipes out thin lines, and the end of this one is what tells the interval.
+        taken += [(8, (x - 8, y - 5, x + 8, y + 5)) for y in span]
     for point, (x, y) in zip(points, places, strict=True):
         text = setting_name(point.name)
         text = text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"
@@ -166,18 +169,18 @@ def _labels(points: Sequence[Point], places: Sequence[_Place], bars: Sequence[_P
                 box = (left, y + lift - _LINE / 2, left + width, y + lift + _LINE / 2)
                 choices.append((_covered(box, taken) + 1.5 * (abs(lift) + away), abs(lift), anchor, box))
         _, lift, anchor, box = min(choices)
-        taken.append(box)
+        taken.append((4, box))
         edge = {"start": box[0], "end": box[2], "middle": x}[anchor]
         if lift > 20:
             yield element("line", x1=x, y1=y, x2=edge, y2=box[3] if box[3] < y else box[1], class_="leader")
         yield element("text", text, x=edge, y=box[3] - 3, class_=f"label {anchor}")
 
 
-def _covered(box: Box, taken: Sequence[Box]) -> float:
-    """How much of other things a label covers; what leaves the drawing counts most."""
+def _covered(box: Box, taken: Sequence[tuple[float, Box]]) -> float:
+    """How much of other things a label covers, each by its weight; what leaves the drawing counts most."""
     inside = _shared(box, (LEFT + 2, TOP - 10, WIDTH - 8, HEIGHT - BOTTOM - 2))
     outside = (box[2] - box[0]) * (box[3] - box[1]) - inside
-    return 8 * outside + sum(_shared(box, other) for other in taken)
+    return 8 * outside + sum(weight * _shared(box, other) for weight, other in taken)
 
 
 def _shared(one: Box, other: Box) -> float:

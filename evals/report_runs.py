@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .clipscore import ClipScoredChair
 from .manifest import FILE as MANIFEST
 from .mme import Mme
-from .records import DataError, Record, read_json, read_jsonl
+from .records import DataError, Record, read_bytes, read_json, read_jsonl
 from .results import Key, Row, key_of, results_file
 from .runner import SUMMARY
 from .settings import PLAIN, Setting
@@ -21,7 +23,14 @@ from .tasks import Chair, Pope, Task
 TASKS: Mapping[str, type[Task]] = {task.name: task for task in (Pope, Chair, Mme)}
 AGAIN = "start its `lvlm-fix eval` command again to go on"
 _SAYINGS = ("yes", "no", "other")
-_SPEED = ("answers", "tokens", "wall_seconds", "tokens_per_second", "seconds_per_answer", "peak_memory_bytes")
+_SPEED = (
+    "answers",
+    "tokens",
+    "compute_seconds",
+    "tokens_per_second",
+    "seconds_per_answer",
+    "peak_memory_bytes",
+)
 _COMPARED = ("setting", "split", "metric", "test", "verdict", "significant")
 
 
@@ -53,6 +62,16 @@ class Run:
     def splits(self) -> list[str]:
         """The splits and, of several, their mean."""
         return list(self.settings[0]["splits"])
+
+    @property
+    def clipscored(self) -> bool:
+        """Whether the captions have a CLIPScore, too."""
+        return self.task is Chair and "clipscore" in self.settings[0]["splits"][self.splits[0]]
+
+    @property
+    def better(self) -> Mapping[str, int]:
+        """Of each metric, 1 where more is better, -1 less, 0 neither."""
+        return ClipScoredChair.better if self.clipscored else self.task.better
 
     def wrong(self, row: Row) -> list[str]:
         """What an answer gets wrong: the categories it hallucinates, or the one answer that is not right."""
@@ -135,6 +154,11 @@ def _only_results_of(folder: Path, settings: Sequence[Setting]) -> None:
                 "move it to a folder of its own"
             )
     missing = [path.name for path in expected if not path.is_file()]
+    if len(missing) == len(expected) and (folder / SUMMARY).is_file():
+        raise DataError(
+            f"{folder}: holds numbers without the answers that they were made of, and a report shows both; take a "
+            "folder with its results-*.jsonl, or give the command of its manifest again with another --out"
+        )
     if missing:
         raise DataError(f"{folder}: is unfinished, with no {missing[0]}; {AGAIN}")
 
@@ -142,6 +166,8 @@ def _only_results_of(folder: Path, settings: Sequence[Setting]) -> None:
 def _rows(path: Path, task: type[Task], seeds: Sequence[int]) -> dict[Key, Row]:
     check = _check_caption if task is Chair else _check_yes_or_no
     rows: dict[Key, Row] = {}
+    if not read_bytes(path).endswith(b"\n"):  # a kill leaves that behind, and the next start cuts it off
+        raise DataError(f"{path.parent}: is unfinished, the last line of {path.name} ends early; {AGAIN}")
     for record in read_jsonl(path):
         for name in ("id", "split", "image", "question", "answer"):
             record.text(name)
@@ -197,17 +223,35 @@ def _check_summary(run: Run, names: Sequence[str]) -> None:
         _touch(run.summary)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: is damaged ({error}); {AGAIN}") from None
+    if run.clipscored and not _named_clip(run.manifest):
+        raise DataError(f"{path}: has a CLIPScore, and {MANIFEST} does not say of which model; {AGAIN}")
     if run.names != list(names) or run.summary["task"] != run.task.name:
         raise DataError(f"{path}: is of other settings than {MANIFEST} names; {AGAIN}")
     for setting in run.settings:
         for split, counts in setting["counts"].items():
             rows = [row for row in run.rows[setting["name"]].values() if row["split"] == split]
-            for name, count in _COUNTED[run.task.name](rows).items():
-                if counts.get(name) != count:
+            counted = _COUNTED[run.task.name](rows)
+            counted |= _counted_clipscore(rows) if run.clipscored else {}
+            for name, count in counted.items():
+                if not math.isclose(counts.get(name, -1), count, rel_tol=1e-9):
                     raise DataError(
                         f"{path}: says {name} {counts.get(name)} of {setting['name']}, {split}, and the results "
                         f"lines say {count}; {AGAIN}, which makes the summary anew"
                     )
+
+
+def _named_clip(manifest: Mapping[str, Any]) -> bool:
+    late = manifest.get("late")
+    own = late.get("clipscore") if isinstance(late, dict) else None
+    return isinstance(own, dict) and {"name", "sha256"} <= own.keys()
+
+
+def _counted_clipscore(rows: Sequence[Row]) -> dict[str, float]:
+    """What the lines say; nothing of lines without a score, which then are other lines than the summary's."""
+    return {
+        "clipscore_total": math.fsum(row.get("clipscore", math.nan) for row in rows),
+        "truncated_captions": sum(row.get("clipscore_truncated", False) for row in rows),
+    }
 
 
 def _touch(summary: Mapping[str, Any]) -> None:
@@ -229,13 +273,13 @@ def _touch(summary: Mapping[str, Any]) -> None:
             raise KeyError(next(name for name in _COMPARED if name not in entry))
 
 
-def _counted_pope(rows: Sequence[Row]) -> dict[str, int]:
+def _counted_pope(rows: Sequence[Row]) -> dict[str, float]:
     found = Counter((row["label"] == row["said"], row["said"]) for row in rows)
     cases = {"TP": (True, "yes"), "FP": (False, "yes"), "TN": (True, "no"), "FN": (False, "no")}
     return {name: found[case] for name, case in cases.items()}
 
 
-def _counted_chair(rows: Sequence[Row]) -> dict[str, int]:
+def _counted_chair(rows: Sequence[Row]) -> dict[str, float]:
     marks = [len(row["hallucinated"]) for row in rows]
     return {
         "captions": len(rows),
@@ -244,11 +288,11 @@ def _counted_chair(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def _counted_mme(rows: Sequence[Row]) -> dict[str, int]:
+def _counted_mme(rows: Sequence[Row]) -> dict[str, float]:
     return {"right": sum(row["said"] == row["label"] for row in rows), "questions": len(rows)}
 
 
-_COUNTED: Mapping[str, Callable[[Sequence[Row]], dict[str, int]]] = {
+_COUNTED: Mapping[str, Callable[[Sequence[Row]], dict[str, float]]] = {
     "pope": _counted_pope,
     "chair": _counted_chair,
     "mme": _counted_mme,

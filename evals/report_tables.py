@@ -87,10 +87,39 @@ def how_compared(run: Run) -> str:
     return f"Tests: {told}. Corrected over the settings and splits of each metric."
 
 
+def how_read(run: Run) -> Iterator[str]:
+    """What a reader must know to compare these numbers with others, a sentence each."""
+    rule = (run.manifest.get("task") or {}).get("rule")
+    if rule:
+        rest = {
+            "english": "it also sees words that the published script overlooks, so published tables, and "
+            "`lvlm-fix score chair` as it comes, count by the other rule, reference.",
+            "reference": "it reads words as the published script does.",
+        }.get(rule)
+        yield f"Objects were found in the captions by the {rule} rule" + (f": {rest}" if rest else ".")
+    cut = {
+        setting_name(setting["name"]): sum(
+            own.get("truncated_captions", 0) for own in setting["counts"].values()
+        )
+        for setting in run.settings
+    }
+    if run.clipscored and any(cut.values()):
+        told = ", ".join(f"{count:,} of {name}" for name, count in cut.items() if count)
+        yield f"CLIPScore read only the beginning of some captions: {told}."
+
+
 def speed(run: Run) -> Markup:
     """Time, throughput and memory of every setting."""
     plain = run.settings[0]["seconds_per_answer"]
-    heads = ("time an answer", "against plain", "tokens/s", "wall time", "answers", "tokens", "peak memory")
+    heads = (
+        "time an answer",
+        "against plain",
+        "tokens/s",
+        "compute time",
+        "answers",
+        "tokens",
+        "peak memory",
+    )
     rows = []
     for setting in run.settings:
         own = setting["seconds_per_answer"]
@@ -98,7 +127,7 @@ def speed(run: Run) -> Markup:
             data(own, seconds(own)),
             f"× {own / plain:.2f}" if plain else "not known",
             data(setting["tokens_per_second"], f"{setting['tokens_per_second']:,.1f}"),
-            data(setting["wall_seconds"], seconds(setting["wall_seconds"])),
+            data(setting["compute_seconds"], seconds(setting["compute_seconds"])),
             f"{setting['answers']:,}",
             f"{setting['tokens']:,}",
             data(setting["peak_memory_bytes"], size(setting["peak_memory_bytes"])),
@@ -107,7 +136,8 @@ def speed(run: Run) -> Markup:
             element("tr", _setting_head(run, setting["name"]), *(element("td", cell) for cell in cells))
         )
     return _table(
-        "Time and memory as measured; whatever else the machine did is in them",
+        "Time and memory as measured; whatever else the machine did is in them. Compute time is summed over batches, "
+        "and over processes",
         [*map(join, heads)],
         [("", rows)],
     )
@@ -135,6 +165,8 @@ def facts(run: Run) -> Markup:
         ("chat template", _code(str(manifest.get("chat_template")))),
         ("command", _code(shlex.join(map(str, manifest.get("command") or ())))),
         ("begun", str(manifest.get("created"))),
+        ("by the clock", _clock(manifest.get("measured") or {})),
+        *_clip_facts(run),
         ("bootstrap", f"{run.summary['resamples']:,} resamples of {run.summary['images']:,} images"),
     ]
     terms = (part for term, text in entries for part in (element("dt", term), element("dd", text)))
@@ -144,6 +176,22 @@ def facts(run: Run) -> Markup:
         element("dl", *terms),
         class_="facts",
     )
+
+
+def _clock(measured: Mapping[str, Any]) -> str:
+    if "wall_seconds" not in measured:
+        return "not known"
+    lines, processes = measured.get("new_lines", 0), measured.get("processes", 1)
+    told = f"{seconds(measured['wall_seconds'])} for {lines:,} results, on {processes} "
+    return told + ("process" if processes == 1 else "processes")
+
+
+def _clip_facts(run: Run) -> Iterator[tuple[str, str]]:
+    if not run.clipscored:
+        return
+    own = dict(run.manifest["late"]["clipscore"])
+    name, sha256 = own.pop("name"), own.pop("sha256")
+    yield "CLIPScore", join([str(name), element("br"), _code(f"sha256 {sha256}"), element("br"), _pairs(own)])
 
 
 def _by_split(run: Run, caption: str, heads: Sequence[Markup], settings: Sequence[Any], cells: Any) -> Markup:

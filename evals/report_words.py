@@ -45,14 +45,33 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ("score",),
     ),
 }
-_METRICS = {"f1": "F1", "yes_ratio": "yes ratio", "average_length": "average length"}
+CLIPSCORE = (
+    "CLIPScore says how well a caption suits its picture in the eyes of a CLIP model: 2.5 times the cosine of the two, "
+    "0 where that is negative."
+)
+CLIPSCORE_PAPER = "2104.08718"
+_METRICS = {
+    "clipscore": "CLIPScore",
+    "f1": "F1",
+    "yes_ratio": "yes ratio",
+    "average_length": "average length",
+}
 _JOINED = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
 _UNITS = {
     **dict.fromkeys(("accuracy", "accuracy+", "precision", "recall", "f1", "yes_ratio"), "percent"),
     **dict.fromkeys(("CHAIRs", "CHAIRi"), "percent"),
     "average_length": "words",
     "score": "of 200",
+    "clipscore": "×100, 250 at most",
 }
+
+
+def benchmark(run: Run) -> Benchmark:
+    """What a run measured."""
+    own = BENCHMARKS[run.task.name]
+    if not run.clipscored:
+        return own
+    return own._replace(first=(*own.first, "clipscore"), plotted=(*own.plotted, "clipscore"))
 
 
 def metric_name(metric: str) -> str:
@@ -67,7 +86,7 @@ def unit(metric: str) -> str:
 
 def direction(run: Run, metric: str) -> str:
     """In words, which way is better; empty where neither is."""
-    return {1: "higher is better", -1: "lower is better"}.get(run.task.better.get(metric, 0), "")
+    return {1: "higher is better", -1: "lower is better"}.get(run.better.get(metric, 0), "")
 
 
 def data(value: float, text: str) -> Markup:
@@ -135,7 +154,7 @@ def outcomes(run: Run) -> list[tuple[str, Markup]]:
         for entry in run.summary["comparisons"]:
             if entry["setting"] != setting["name"] or entry["split"] not in told:
                 continue
-            if entry["metric"] not in BENCHMARKS[run.task.name].first:
+            if entry["metric"] not in benchmark(run).first:
                 continue
             name = metric_name(entry["metric"])
             name = f"{name} ({entry['split']})" if len(told) > 1 else name
@@ -148,13 +167,13 @@ def outcomes(run: Run) -> list[tuple[str, Markup]]:
         sentence = [join(["makes ", listed(changed)])] if changed else []
         nothing = NO_DIFFERENCE if changed else f"shows {NO_DIFFERENCE}"
         sentence += [join([f"{nothing} in ", listed(same)])] if same else []
-        found.append((setting["name"], join([*_between(sentence, "; "), ". ", _pace(run, setting)])))
+        found.append((setting["name"], join([*_between(sentence, "; "), "."])))
     return found
 
 
 def scale(run: Run, metric: str) -> float:
     """What a metric is multiplied by to be shown."""
-    return run.task.percent if metric in run.task.better else 1.0
+    return run.task.percent if metric in run.better else 1.0
 
 
 def named(names: Sequence[str]) -> Markup:
@@ -162,13 +181,6 @@ def named(names: Sequence[str]) -> Markup:
     return listed(
         [element("code", setting_name(name)) if name != PLAIN else join(["plain"]) for name in names]
     )
-
-
-def _pace(run: Run, setting: Mapping[str, Any]) -> str:
-    own, plain = (one["seconds_per_answer"] for one in (setting, run.settings[0]))
-    if not own or not plain:
-        return ""
-    return f"{seconds(own)} an answer; plain took {seconds(plain)}."
 
 
 def _between(parts: Sequence[str], what: str) -> list[str]:

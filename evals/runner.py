@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import manifest as manifests
+from .clock import Clock
+from .late import add_late
 from .memory import PeakMemory
 from .processes import Process, warn_if_alone
-from .records import write_lines
 from .results import Appender, Key, Row, merge, read_rows, results_file
 from .settings import Decoding, Setting, parse_settings
 from .summary import summarize
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 PATIENCE = 1800.0  # seconds without a new line from any process, after which waiting for them ends
 _POLL = 0.2
+_WARM = 2  # tokens of an answer that is not counted: one from the prompt, one from the cache
+
+Unit = tuple[int, Sequence["Ask"]]  # a seed, and a batch of questions
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ def run(
     warn_if_alone()
     chosen = parse_settings(settings)
     decoding = decoding or Decoding(max_new_tokens=task.max_new_tokens)
+    # What differs without a look at the model is told before it is loaded.
+    manifests.refuse_another(
+        out, manifests.known_without_model(task, chosen, decoding, batch_size), partly=True
+    )
     lvlm, name = _load(model, dtype, device_map, process)
     parts = batches(task.items, batch_size)
     for setting in chosen:  # one that does not suit the model fails now, not after hours of the others
@@ -93,18 +101,18 @@ def run(
     described = manifests.describe(task, lvlm, chosen, decoding, batch_size, name, command)
     manifests.claim(out, described, process.rank == 0, _wait(time.monotonic() + patience))
 
-    for setting in chosen:
-        _answer(task, lvlm, setting, decoding, parts, out, process, progress)
+    units = [(seed, part) for seed in decoding.seeds for part in parts]
+    keys = [(seed, item.id) for seed, part in units for ask in part for item in ask.items]
+    clock = Clock(sum(len(set(keys) - read_rows(out, setting.slug).keys()) for setting in chosen))
+    _answer(task, lvlm, chosen, decoding, units, out, process, progress)
     if process.rank:
         return {}
-    keys = [
-        (seed, item.id) for seed in decoding.seeds for part in parts for ask in part for item in ask.items
-    ]
     rows = []
     for setting in chosen:
         rows.append(_all_rows(out, setting, keys, process, patience))
         merge(out, setting.slug, keys)
-    _add_late(task, out, chosen, rows)
+    clock.note(out, chosen, rows)
+    add_late(task, out, chosen, rows, progress)
     summary = summarize(task, chosen, rows, decoding.seeds)
     manifests.write_json(out / SUMMARY, summary)
     return summary
@@ -130,61 +138,75 @@ def _length(ask: Ask) -> int:
 def _answer(
     task: Task,
     lvlm: LVLM,
-    setting: Setting,
+    settings: Sequence[Setting],
     decoding: Decoding,
-    parts: Sequence[Sequence[Ask]],
+    units: Sequence[Unit],
     out: Path,
     process: Process,
     progress: bool,
 ) -> None:
-    """Append the answers that this process owes under one setting."""
+    """Append the answers that this process owes.
+
+    Settings take turns, batch by batch, and each begins as often as the others. So whatever else the machine does
+    meanwhile, growing warm among it, falls on all of them alike, and their times can be compared.
+    """
     from tqdm import tqdm
 
+    # Every how-many-processes-th batch. Not single items: padding can change a row's last bits.
+    owed = units[process.rank :: process.world]
     with ExitStack() as stack:
-        rank = process.rank if process.world > 1 else None
-        path = results_file(out, setting.slug, rank)
-        todo = list(_owed(parts, decoding.seeds, process))
-        done = read_rows(out, setting.slug)
-        missing = [(seed, part) for seed, part in todo if not _keys(seed, part) <= done.keys()]
-        if not missing:
+        files = {
+            setting.name: stack.enter_context(Appender(results_file(out, setting.slug, process.file_rank)))
+            for setting in settings
+            if _missing(owed, read_rows(out, setting.slug))
+        }
+        # Read again, now that no other run can write the same.
+        done = {setting.name: read_rows(out, setting.slug) for setting in settings}
+        missing = {name: _missing(owed, done[name]) for name in files}
+        if not any(missing.values()):
             return
-        appender = stack.enter_context(Appender(path))
         stack.enter_context(
             warnings.catch_warnings(action="ignore", category=UserWarning)
         )  # said at the trial
-        total = sum(len(part) for _, part in todo)
+        total = len(settings) * sum(len(part) for _, part in owed)
+        left = sum(len(owed[number][1]) for own in missing.values() for number in own)
         bar = stack.enter_context(
             tqdm(
-                total=total,
-                initial=total - sum(len(part) for _, part in missing),
-                desc=f"{task.name}, {setting.name}",
-                unit="question",
+                total=total, initial=total - left, desc=task.name, unit="answer",
                 disable=not progress or process.rank > 0,
             )
-        )
-        device = manifests.loaded(lvlm).device
-        memory = PeakMemory(device)
-        if device.type == "cuda":  # compiles and picks kernels: no part of the time of the answers
-            _ask(lvlm, setting, Decoding(max_new_tokens=1), 0, missing[0][1])
-        for seed, part in missing:
-            started = time.perf_counter()
-            answers = _ask(lvlm, setting, decoding, seed, part)
-            seconds = (time.perf_counter() - started) / len(part)
-            lines = _rows(task, seed, part, answers, seconds, memory.peak())
-            appender.write(row for key, row in lines.items() if key not in done)
-            bar.update(len(part))
+        )  # fmt: skip
+        short = replace(decoding, max_new_tokens=_WARM)
+        for setting in settings:  # the first call of a kind is slow, and no part of the time of the answers
+            if missing.get(setting.name):
+                _ask(lvlm, setting, short, *owed[min(missing[setting.name])])
+        for number, (seed, part) in enumerate(owed):
+            turn = number % len(settings)
+            for setting in (*settings[turn:], *settings[:turn]):
+                if number in missing.get(setting.name, ()):
+                    lines = _timed(task, lvlm, setting, decoding, seed, part)
+                    known = done[setting.name]
+                    files[setting.name].write(row for key, row in lines.items() if key not in known)
+                    bar.update(len(part))
 
 
-def _owed(
-    parts: Sequence[Sequence[Ask]], seeds: Sequence[int], process: Process
-) -> Iterator[tuple[int, Sequence[Ask]]]:
-    """Every how-many-processes-th batch. Not single items: padding can change a row's last bits."""
-    units = [(seed, part) for seed in seeds for part in parts]
-    return iter(units[process.rank :: process.world])
+def _missing(owed: Sequence[Unit], done: Mapping[Key, Row]) -> set[int]:
+    """The numbers of the batches of which a line is missing."""
+    return {
+        number
+        for number, (seed, part) in enumerate(owed)
+        if any((seed, item.id) not in done for ask in part for item in ask.items)
+    }
 
 
-def _keys(seed: int, part: Iterable[Ask]) -> set[Key]:
-    return {(seed, item.id) for ask in part for item in ask.items}
+def _timed(
+    task: Task, lvlm: LVLM, setting: Setting, decoding: Decoding, seed: int, part: Sequence[Ask]
+) -> dict[Key, Row]:
+    memory = PeakMemory(manifests.loaded(lvlm).device)
+    started = time.perf_counter()
+    answers = _ask(lvlm, setting, decoding, seed, part)
+    seconds = (time.perf_counter() - started) / len(part)
+    return _rows(task, seed, part, answers, seconds, memory.peak())
 
 
 def _ask(lvlm: LVLM, setting: Setting, decoding: Decoding, seed: int, part: Sequence[Ask]) -> list[Any]:
@@ -234,19 +256,6 @@ def _all_rows(
                 f"{len(lacking)} of {len(keys)} items of {setting.name} are missing, and no process has "
                 f"written one for {patience:g} s; see what the others say, then start again to go on"
             )
-
-
-def _add_late(task: Task, out: Path, settings: Sequence[Setting], rows: Sequence[dict[Key, Row]]) -> None:
-    """Judge what can be judged only when all answers are there, in `rows` and in the results files."""
-    lines = [row for own in rows for row in own.values()]
-    columns = task.late_columns(lines)
-    if not columns:
-        return
-    for row, more in zip(lines, columns, strict=True):
-        row.update(more)
-    for setting, own in zip(settings, rows, strict=True):
-        write_lines(results_file(out, setting.slug), own.values())
-    manifests.note_late(out, task.late_options)
 
 
 def _wait(end: float) -> Callable[[], bool]:

@@ -74,6 +74,11 @@ def parse_settings(settings: Iterable[str | Setting | Sequence[Method]]) -> list
 class Decoding:
     """How answers are decoded, the same for every setting of a run.
 
+    Without sampling a seed has no effect, and whichever was given, `seeds` is (0,).
+
+    >>> Decoding(seeds=(5,)).seeds, Decoding(seeds=(5,), do_sample=True).seeds
+    ((0,), (5,))
+
     Raises `ValueError` for values out of range, sampling beams, and several seeds without sampling.
     """
 
@@ -96,12 +101,14 @@ class Decoding:
             raise ValueError("several seeds need sampling: without it every seed gives the same answers")
         if not self.do_sample and self.temperature != 1:
             raise ValueError("a temperature needs sampling; turn it on (--do-sample) or leave it out")
+        if not self.do_sample:  # lines of results are told apart by their seed, so it must not vary in vain
+            object.__setattr__(self, "seeds", (0,))
 
     def as_dict(self) -> dict[str, Any]:
         """As the manifest holds it: what has no effect without sampling is left out."""
         values: dict[str, Any] = {**asdict(self), "seeds": list(self.seeds)}
         if not self.do_sample:
-            del values["temperature"], values["seeds"]
+            del values["temperature"]
         return values
 
     def generation(self, seed: int, prompts: Sequence[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def summarize(
     """Everything that a report says, from each setting's results lines; the first setting is the plain one.
 
     Of each setting: per split, and for the mean of the splits, each metric with its bootstrap interval, the
-    counts, and with several seeds their standard deviation; wall time, tokens a second and peak memory. Of
+    counts, and with several seeds their standard deviation; time, tokens a second and peak memory. Of
     each setting but the first, and each metric: its difference to the plain model with the interval, p and
     p by Holm (over the settings and splits of that metric), and a verdict in words.
     """
@@ -72,13 +72,17 @@ def summarize(
 
 
 def speed(rows: Iterable[Row]) -> dict[str, Any]:
-    """Wall time, throughput and peak memory of results lines; answers used twice were given once."""
+    """Time, throughput and peak memory of results lines; answers used twice were given once.
+
+    The time is that of each batch from its pictures to its texts, summed over the batches, and over the processes
+    that shared them: several processes need less of the clock's.
+    """
     asked = [row for row in rows if "seconds" in row]
     seconds, tokens = sum(row["seconds"] for row in asked), sum(row["tokens"] for row in asked)
     return {
         "answers": len(asked),
         "tokens": tokens,
-        "wall_seconds": round(seconds, 3),
+        "compute_seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
         "seconds_per_answer": round(seconds / len(asked), 6) if asked else 0.0,
         "peak_memory_bytes": max((row["memory"] for row in asked), default=0),

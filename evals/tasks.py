@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -17,7 +16,10 @@ from .chair import Caption, ChairScore, Rule, hallucinated, score_captions
 from .coco import read_instances, read_objects
 from .pope import RATIOS, parse_answer, score_answers
 from .records import DataError, read_jsonl
+from .sources import file_hash, find_scenes, pictures_hash, scenes_folder
 from .statistics import Array, ratio
+
+__all__ = ["Chair", "Item", "Pope", "Task", "chair", "pope", "scenes_folder"]
 
 SPLITS: tuple[str, ...] = get_args(Split)
 DESCRIBE = "Describe the image."
@@ -54,6 +56,7 @@ class Task(ABC):
     exact_test: ClassVar[str | None] = None  # the metric that McNemar's test is about
     columns: ClassVar[tuple[str, ...]]  # of `counts`
     percent: ClassVar[float] = 100  # what a metric is multiplied by to print it
+    late: ClassVar[tuple[str, ...]] = ()  # columns of results lines that `late_columns` makes
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -81,11 +84,12 @@ class Task(ABC):
         return {}
 
     def late_columns(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What is added to each of all the finished results lines, for judges too slow to hold up the answers.
+        """The columns `late` of finished results lines, by judges too slow to hold up the answers.
 
-        Made anew at each summary, so it may be asked for after the run. Empty where there is nothing of the kind.
+        Made at the summary, so it may be asked for after the run; lines that have the columns keep them as long as
+        `late_options` stay the same.
         """
-        return []
+        raise TypeError(f"{self.name} has no late columns")
 
     @abstractmethod
     def judge(self, item: Item, answer: str) -> dict[str, Any]:
@@ -195,11 +199,12 @@ def pope(
 ) -> Pope:
     """POPE on question files, or on questions built from annotations (seed 0, 3 objects an image).
 
-    Without data of your own it is the embedded scenes. `limit` keeps the first questions of each split.
+    Without data of your own it is the embedded scenes. `limit` keeps the first questions of each split, and warns
+    where that leaves more questions with one answer than with the other.
 
     Raises `OSError`; `DataError` for a faulty file; `ValueError` for splits that do not go with the rest.
     """
-    folder, instances, statistics = _scenes(images, annotations, statistics)
+    folder, instances, statistics = find_scenes(images, annotations, statistics)
     data = {}
     items: list[Item] = []
     if questions:
@@ -224,8 +229,24 @@ def pope(
                 )
                 for row in rows[:limit]
             ]
+    if limit is not None:
+        _warn_unbalanced(items, limit)
     task = Pope(tuple(items), data)
     return Pope(task.items, {**data, "images": pictures_hash(task.items)})
+
+
+def _warn_unbalanced(items: Sequence[Item], limit: int) -> None:
+    """POPE's yes ratio and accuracy mean what they do because half of the answers are yes."""
+    for split in dict.fromkeys(item.split for item in items):
+        labels = [item.label for item in items if item.split == split]
+        yes, no = labels.count("yes"), labels.count("no")
+        if yes != no:
+            warnings.warn(
+                f"of the first {limit} questions of {split} {yes} are to be answered yes and {no} no, so its scores "
+                "are not POPE's; an even --limit keeps the balance where the questions take turns",
+                stacklevel=3,
+            )
+            return
 
 
 def chair(
@@ -242,7 +263,7 @@ def chair(
 
     Raises `OSError`; `DataError` for a faulty file.
     """
-    folder, instances, _ = _scenes(images, annotations, None)
+    folder, instances, _ = find_scenes(images, annotations, None)
     place = Path(annotations) if annotations else instances.parent
     sources = sorted(place.glob("*_*.json*")) if place.is_dir() else [place]
     names: dict[str, str] = {}
@@ -256,49 +277,6 @@ def chair(
     used = [path for path in sources if path.name.startswith(("instances_", "captions_")) or path == place]
     data = {path.name: file_hash(path) for path in used} | {"images": pictures_hash(items)}
     return Chair(items, data, {item.id: frozenset(truth.get(item.id, ())) for item in items}, rule)
-
-
-def scenes_folder() -> Path:
-    """Folder of the evaluation scenes that ship with the package."""
-    return Path(str(files("lvlm_fix.assets"))) / "scenes"
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pictures_hash(items: Iterable[Item]) -> str:
-    """SHA-256 over the names and bytes of the pictures that are asked about."""
-    total = hashlib.sha256()
-    for name, path in sorted({(item.image, item.path) for item in items}):
-        total.update(f"{name}\n{file_hash(path)}\n".encode())
-    return total.hexdigest()
-
-
-def _scenes(
-    images: str | Path | None, annotations: str | Path | None, statistics: str | Path | None
-) -> tuple[Path, Path, Path | None]:
-    """Folder of pictures, instances file and statistics; the embedded scenes' where not given."""
-    scenes = scenes_folder()
-    if annotations is None:
-        if statistics is None and (scenes / "statistics.json").is_file():
-            statistics = scenes / "statistics.json"
-        instances = scenes / "instances_scenes.json"
-    else:
-        instances = Path(annotations)
-        if images is None:
-            raise ValueError("annotations of your own need their pictures; give --images too")
-    if instances.is_dir():
-        found = sorted(instances.glob("instances_*.json*"))
-        if not found:
-            raise DataError(f"{instances}: holds no instances_*.json; name the file to use")
-        instances = found[0]
-    folder = Path(images) if images is not None else scenes / "images"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder of pictures; check --images")
-    return folder, instances, Path(statistics) if statistics else None
 
 
 def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:

@@ -18,8 +18,9 @@ from .manifest import write_json
 from .records import read_json
 from .runner import PATIENCE, SUMMARY, run
 from .settings import PLAIN, Decoding, Setting
+from .sources import pictures_hash
 from .summary import MEAN, NO_DIFFERENCE, SIGNIFICANCE
-from .tasks import Task, pictures_hash
+from .tasks import Task
 
 if TYPE_CHECKING:
     from lvlm_fix.methods import Method
@@ -178,9 +179,9 @@ def settings_of(method: str | Method, grid: Grid | None = None) -> list[Setting]
     Raises `ValueError` for several methods, an unknown or empty field of the grid, a value that does not fit,
     and a point that is there twice.
     """
-    if isinstance(method, str):
-        from lvlm_fix.methods import parse
+    from lvlm_fix.methods import parse
 
+    if isinstance(method, str):
         parsed = parse(method)
         if len(parsed) != 1:
             raise ValueError(f"{method!r} holds {len(parsed)} methods; tune one at a time")
@@ -199,12 +200,9 @@ def settings_of(method: str | Method, grid: Grid | None = None) -> list[Setting]
     settings = []
     for point in itertools.product(*grid.values()):
         values = dict(zip(grid, point, strict=True))
-        try:
-            one = replace(method, **values)  # type: ignore[type-var]
-        except TypeError as error:
-            raise ValueError(f"{method.name} cannot have {values}; {error}") from error
         spelled = ",".join(f"{name}={value!r}" for name, value in (fixed | values).items())
-        settings.append(Setting(f"{method.name}({spelled})", (one,)))
+        spelled = f"{method.name}({spelled})"
+        settings.append(Setting(spelled, tuple(parse(spelled))))
     if len({setting.methods for setting in settings}) < len(settings):
         raise ValueError(f"the grid of {method.name} holds a value twice: {dict(grid)}; give it once")
     return settings

@@ -20,9 +20,17 @@ Answer = Callable[[Item, int], str]
 
 
 def answered(
-    out: Path, task: Task, answers: dict[str, Answer], seeds: Sequence[int] = (0,), images: Path | None = None
+    out: Path,
+    task: Task,
+    answers: dict[str, Answer],
+    seeds: Sequence[int] = (0,),
+    images: Path | None = None,
+    score: Callable[[Item, str], dict] | None = None,
 ) -> Path:
-    """A folder as `lvlm-fix eval` leaves it, of answers to a task's items by setting and seed."""
+    """A folder as `lvlm-fix eval` leaves it, of answers to a task's items by setting and seed.
+
+    `score` makes the late columns of the task.
+    """
     out.mkdir(parents=True, exist_ok=True)
     settings = [Setting(name) for name in answers]
     tables = []
@@ -33,6 +41,7 @@ def answered(
                 said = answer(item, seed)
                 row = {"id": item.id, "seed": seed, "split": item.split, "image": item.image}
                 row |= {"question": item.question, "answer": said, **task.judge(item, said)}
+                row |= score(item, said) if score else {}
                 row |= {"tokens": len(said.split()) + 1, "seconds": 0.01 * number, "memory": 2**30}
                 rows[seed, item.id] = row
         write_lines(results_file(out, setting.slug), rows.values())
@@ -54,6 +63,8 @@ def answered(
         "command": command,
         "created": "2026-11-24T01:46:36Z",
         "environment": {"system": "Linux", "processors": 2, "processes": 1},
+        "measured": {"wall_seconds": 75.0, "new_lines": 1234, "processes": 2},
+        **({"late": task.late_options} if score else {}),
     }
     write_json(out / "manifest.json", manifest)
     write_json(out / "summary.json", summarize(task, settings, tables, seeds, resamples=400))

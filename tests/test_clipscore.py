@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,16 +27,15 @@ from lvlm_fix.assets.recipe.dataset import Scenes, render
 from lvlm_fix.assets.recipe.scenes import BACKGROUND, UNCLEAR
 from lvlm_fix.assets.recipe.world import CATEGORIES
 from lvlm_fix.cli import app
-from lvlm_fix.evals import chair, tasks
+from lvlm_fix.evals import chair, clipscore, late, tasks
+from lvlm_fix.evals.clip_model import CONFIG, PREFIX
 from lvlm_fix.evals.clipscore import (
-    CONFIG,
-    PREFIX,
     ClipScoredChair,
     clip_scores,
     embedded_clip,
     load_clip,
 )
-from lvlm_fix.evals.records import DataError, read_json
+from lvlm_fix.evals.records import DataError, read_json, write_lines
 
 SCENES = tasks.scenes_folder()
 FIX = "vtc_cls(keep=16)"
@@ -157,6 +158,7 @@ def out(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("chair") / "out"
     result = chair_command(place)
     assert result.exit_code == 0, result.output
+    assert "objects found by the english rule" in result.stdout
     assert "clipscore" not in result.stdout and "late" not in read_json(place / "manifest.json")
     return place
 
@@ -200,19 +202,103 @@ def test_a_finished_run_gets_clipscore_without_being_asked_again(out, foreign) -
     # The other metrics are what they were.
     for setting, old in zip(summary["settings"], plain["settings"], strict=True):
         assert setting["splits"]["all"].items() >= old["splits"]["all"].items()
-    late = read_json(out / "manifest.json")["late"]["clipscore"]
-    assert late["name"] == "clip" and late["sha256"] == load_clip().sha256 and late["prefix"] == ""
+    noted = read_json(out / "manifest.json")["late"]["clipscore"]
+    assert noted["name"] == "clip" and noted["sha256"] == load_clip().sha256 and noted["prefix"] == ""
 
     other = chair_command(out, "--clipscore", "--clip", str(foreign))
     assert other.exit_code == 0, other.output
     assert "clipscore" in other.stdout
     assert "captions that CLIPScore read only the beginning of" in other.stdout
-    late = read_json(out / "manifest.json")["late"]["clipscore"]
-    assert late["name"] == "foreign" and late["prefix"] == PREFIX
+    noted = read_json(out / "manifest.json")["late"]["clipscore"]
+    assert noted["name"] == "foreign" and noted["prefix"] == PREFIX
 
     without = chair_command(out, "--json")
     assert without.exit_code == 0, without.output
     assert json.loads(without.stdout) == plain
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Have the process die when it is about to write its so-manieth results file; None lets it live."""
+
+    def at(number: int | None) -> None:
+        written = iter(range(10**6))
+
+        def write(path, lines) -> None:
+            if next(written) == number:
+                raise KeyboardInterrupt
+            write_lines(path, lines)
+
+        monkeypatch.setattr("lvlm_fix.evals.late.write_lines", write)
+
+    return at
+
+
+def test_a_kill_neither_mixes_two_models_nor_loses_a_score(out, foreign, tmp_path, killed) -> None:
+    def scored(place: Path, number: int | None, *more: str) -> dict[str, list[dict]]:
+        killed(number)
+        result = chair_command(place, "--clipscore", *more)
+        assert (result.exit_code == 0) == (number is None), result.output
+        return rows(place)
+
+    folders = [Path(shutil.copytree(out, tmp_path / str(number))) for number in range(6)]
+    own = scored(folders[5], None)
+    other = scored(folders[5], None, "--clip", str(foreign))
+    assert own != other
+    known = {load_clip().sha256: own, load_clip(foreign).sha256: other}
+    for number, place in enumerate(folders[:4]):
+        scored(place, None)
+        half = scored(place, number, "--clip", str(foreign))
+        noted = read_json(place / "manifest.json").get("late")
+        for name, lines in half.items() if noted else ():
+            right = known[noted["clipscore"]["sha256"]][name]
+            assert all("clipscore" not in line or line == row for line, row in zip(lines, right, strict=True))
+        # Whichever of the two it goes on with, it is that one's scores throughout.
+        again, wanted = ((), own) if number % 2 else (("--clip", str(foreign)), other)
+        assert scored(place, None, *again) == wanted
+
+
+def test_scores_that_are_there_are_not_made_again(out, foreign, tmp_path, monkeypatch) -> None:
+    place = Path(shutil.copytree(out, tmp_path / "out"))
+    assert chair_command(place, "--clipscore").exit_code == 0
+    asked, hashed = [], []
+    score, hash_folder = clipscore.clip_scores, clipscore.folder_hash
+    monkeypatch.setattr(clipscore, "clip_scores", lambda *given: asked.append(given) or score(*given))
+    monkeypatch.setattr(clipscore, "folder_hash", lambda folder: hashed.append(folder) or hash_folder(folder))
+    monkeypatch.setattr(late, "PICTURES", 10)
+    assert chair_command(place, "--clipscore", "--clip", str(foreign)).exit_code == 0
+    assert [len(pairs) for _, pairs in asked] == [20, 20, 8] and len(hashed) == 1
+    whole = rows(place)
+    assert chair_command(place, "--clipscore", "--clip", str(foreign)).exit_code == 0
+    assert len(asked) == 3 and rows(place) == whole
+    path = place / "results-none.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole[path.name][:-1]))
+    assert chair_command(place, "--clipscore", "--clip", str(foreign)).exit_code == 0
+    assert [len(pairs) for _, pairs in asked[3:]] == [
+        8
+    ]  # the part with the lost line, as it was the first time
+    assert {name: sorted(map(str, lines)) for name, lines in rows(place).items()} == {
+        name: sorted(map(str, lines)) for name, lines in untimed_like(whole, rows(place)).items()
+    }
+
+
+def untimed_like(whole: dict[str, list[dict]], again: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The lines of `whole` with the times of `again`, for an answer given anew takes another time."""
+    measured = {
+        (name, line["id"]): {key: line[key] for key in ("seconds", "memory")}
+        for name, lines in again.items()
+        for line in lines
+    }
+    return {name: [line | measured[name, line["id"]] for line in lines] for name, lines in whole.items()}
+
+
+def test_scoring_shows_how_far_it_is(out, foreign, tmp_path, capfd) -> None:
+    place = Path(shutil.copytree(out, tmp_path / "out"))
+    words = ["eval", "chair", "--fix", FIX, "--limit", "24", "--batch-size", "24", "--max-new-tokens", "32"]
+    app([*words, "--out", str(place), "--clipscore"], standalone_mode=False)
+    capfd.readouterr()
+    app([*words, "--out", str(place), "--clipscore", "--clip", str(foreign)], standalone_mode=False)
+    assert re.search(r"clipscore: 100%.* 48/48 .*answer/s", capfd.readouterr().err)
 
 
 def test_clip_without_clipscore_is_refused(tmp_path, foreign) -> None:
@@ -246,6 +332,14 @@ def damaged(kind: str, folder: Path) -> Path:
         config = read_json(folder / CONFIG)
         config["model_cfg"]["embed_dim"] = 24
         (folder / CONFIG).write_text(json.dumps(config))
+    elif kind == "no prefix":
+        config = read_json(folder / CONFIG)
+        config["clipscore"] = {"prefix": None}
+        (folder / CONFIG).write_text(json.dumps(config))
+    elif kind == "a text tower of the hub":
+        config = read_json(folder / CONFIG)
+        config["model_cfg"]["text_cfg"] = {"hf_model_name": "FacebookAI/roberta-base"}
+        (folder / CONFIG).write_text(json.dumps(config))
     elif kind == "no tokenizer":
         config = read_json(folder / CONFIG)
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"
@@ -255,7 +349,7 @@ def damaged(kind: str, folder: Path) -> Path:
 
 DAMAGES = (
     "missing", "no configuration", "no JSON", "no object", "no sizes", "no weights", "cut weights", "other sizes",
-    "no tokenizer",
+    "no tokenizer", "no prefix", "a text tower of the hub",
 )  # fmt: skip
 
 
@@ -267,6 +361,44 @@ def test_a_folder_that_holds_no_model_is_refused_in_one_sentence(kind, tmp_path)
     message = str(result.exception)
     assert str(folder) in message and "--clip" in message and "\n" not in message and len(message) < 400
     assert not (tmp_path / "out").exists()  # known before the first question
+
+
+def test_a_text_tower_of_the_hub_is_named(tmp_path) -> None:
+    folder = damaged("a text tower of the hub", tmp_path / "folder")
+    with pytest.raises(DataError, match="open_clip would fetch the text tower FacebookAI/roberta-base"):
+        load_clip(folder)
+    with pytest.raises(DataError, match='"clipscore" names no "prefix" that is a string'):
+        load_clip(damaged("no prefix", tmp_path / "other"))
+
+
+def test_an_architecture_and_a_file_of_weights_are_a_model_too(foreign, pictures, tmp_path) -> None:
+    sizes = tmp_path / "lvlm-fix-tiny.json"
+    sizes.write_text(json.dumps(read_json(foreign / CONFIG)["model_cfg"]))
+    open_clip.add_model_config(sizes)
+    weights = foreign / "open_clip_model.safetensors"
+    clip = load_clip(f"{sizes.stem}:{weights}")
+    assert clip.name == f"{sizes.stem}:{weights.name}" and clip.prefix == PREFIX and clip.sha256
+    (score,) = clip_scores(clip, [(pictures[0], "a cat")])
+    assert score == clip_scores(f"{sizes.stem}:{weights}", [(pictures[0], "a cat")])[0]
+    own = load_clip(foreign)
+    assert torch.equal(clip.texts(["a cat"])[0], own.texts(["a cat"])[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("ViT-Q-99:weights.pt", "knows no architecture 'ViT-Q-99'"),
+        ("ViT-B-32:nothing.pt", "there is no file nothing.pt of weights"),
+        ("roberta-ViT-B-32:{there}", "would fetch the text tower roberta-base"),
+        ("ViT-B-16-SigLIP:{there}", "would fetch the tokenizer timm/ViT-B-16-SigLIP"),
+        ("ViT-B-32:{there}", "holds no OpenCLIP model that can be loaded"),
+    ],
+)
+def test_a_file_that_is_no_model_is_refused_in_one_sentence(given, says, tmp_path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    with pytest.raises((DataError, FileNotFoundError), match=says) as refusal:
+        load_clip(given.format(there=tmp_path / "weights.pt"))
+    assert "\n" not in str(refusal.value) and "--clip" in str(refusal.value)
 
 
 def test_a_changed_folder_is_loaded_anew(tmp_path, pictures) -> None:

@@ -79,6 +79,23 @@ def test_help_imports_nothing_heavy() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "defaults"),
+    [
+        (("eval", "chair"), ["embedded scenes", "the benchmark's", "the GPU, if there is one"]),
+        (("tune",), ["what the paper tunes", "F1 of POPE, CHAIRi of CHAIR", "all three"]),
+        (("describe",), ["each alone", "objects.json beside the picture"]),
+        (("bench",), []),
+    ],
+)
+def test_help_tells_defaults_that_are_written_in_brackets(entered, words, defaults) -> None:
+    code, out, err = entered(*words, "-h")
+    told = " ".join(re.sub("[│|]", " ", out).split())
+    assert (code, err) == (0, "") and "[default: " in told
+    for default in defaults:
+        assert f"[default: {default}]" in told
+
+
 def test_importing_the_command_line_imports_nothing_heavy() -> None:
     script = f"import sys, lvlm_fix.cli; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -198,6 +215,18 @@ def test_a_folder_is_no_picture(entered, tmp_path: Path) -> None:
         (("--fix", "magic"), "unknown method 'magic': the methods are damro"),
         (("--fix", "damro(strength=2)"), "damro takes alpha, beta, topk"),
         (("--fix", "damro(alpha="), "cannot read methods"),
+        (("--fix", "damro(alpha=x)"), "cannot read methods 'damro(alpha=x)': alpha is x; give a number"),
+        (("--fix", "damro(alpha=1e999)"), "alpha is 1e309; give a number"),
+        (("--fix", "damro(topk=2.5)"), "topk is 2.5; give a whole number"),
+        (("--fix", "damro(gate='a')"), "gate is 'a'; give a number or None"),
+        (("--fix", "damro(alpha=1,alpha=2)"), "cannot read methods"),
+        (("--fix", "damro(**{})"), "damro takes alpha, beta, topk, gate: it has no values in **"),
+        (("--fix", "zipvl(seed=99999999999999999999)"), "seed is 99999999999999999999; give a whole number"),
+        (("--fix", "zipvl(evict=1)"), "evict is 1; give True or False"),
+        (("--fix", "zipvl(scope=2)"), "scope is 2; give a word in quotes"),
+        (("--fix", "vtc_cls(keep='a')"), "keep is 'a'; give a number"),
+        (("--fix", "vtc_cls(keep=True)"), "keep is True; give a number"),
+        (("--fix", "var(sink_dims=(1,'a'))"), "give whole numbers in parentheses, as (3, 5) or None"),
         (("--fix", "__import__('os')"), "cannot read methods"),
         (("--question", ""), "the question is empty: ask something"),
         (("--question", "What is <image>?"), "leave it out"),

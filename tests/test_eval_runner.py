@@ -126,6 +126,51 @@ def test_a_run_compares_with_the_plain_model_and_describes_itself(whole, pope) -
         assert sorted(row["id"] for row in rows) == sorted(item.id for item in pope.items)
 
 
+def test_the_manifest_holds_what_was_measured(whole, pope, lvlm, tmp_path) -> None:
+    summary, measured = read_json(whole / "summary.json"), read_json(whole / "manifest.json")["measured"]
+    assert measured["settings"].keys() == {setting["name"] for setting in summary["settings"]}
+    for setting in summary["settings"]:
+        own = measured["settings"][setting["name"]]
+        assert own == {name: setting[name] for name in own}
+        assert {"compute_seconds", "tokens_per_second", "peak_memory_bytes"} <= own.keys()
+    answering = sum(own["compute_seconds"] for own in measured["settings"].values())
+    assert answering <= measured["wall_seconds"]
+    assert (measured["new_lines"], measured["processes"]) == (2 * len(pope.items), 1)
+    assert measured["started"] <= measured["finished"]
+    # A start that has nothing to do leaves it alone; one that went on says how much it did.
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    run(pope, lvlm, [FIX], out, decoding=SHORT, batch_size=4, progress=False)
+    assert read_json(out / "manifest.json")["measured"] == measured
+    path = out / "results-none.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    run(pope, lvlm, [FIX], out, decoding=SHORT, batch_size=4, progress=False)
+    assert read_json(out / "manifest.json")["measured"]["new_lines"] == 2
+
+
+def test_settings_take_turns_after_each_has_answered_once_for_nothing(
+    pope, lvlm, tmp_path, monkeypatch
+) -> None:
+    calls = []
+    ask = LVLM.ask
+
+    def listening(self, image, question, fix=(), max_new_tokens=64, **rest):
+        calls.append((bool(fix), len(question), max_new_tokens))
+        return ask(self, image, question, fix, max_new_tokens, **rest)
+
+    monkeypatch.setattr(LVLM, "ask", listening)
+    run(pope, lvlm, [FIX], tmp_path, decoding=SHORT, batch_size=2, progress=False)
+    trial, warm, timed = calls[:2], calls[2:4], calls[4:]
+    assert [call[1:] for call in trial] == [(1, 1)] * 2
+    assert warm == [(False, 2, 2), (True, 2, 2)]
+    assert timed == [(fixed, 2, 3) for fixed in (False, True, True, False, False, True)]
+
+
+def test_premises_are_warned_of_once_and_not_a_batch(pope, random_llava, tmp_path, recwarn) -> None:
+    run(pope, LVLM(*random_llava), ["damro"], tmp_path, decoding=SHORT, batch_size=1, progress=False)
+    told = [str(one.message) for one in recwarn if "premise" in str(one.message)]
+    assert len(told) == len(set(told)) <= 1
+
+
 def test_answers_are_those_of_asking_one_by_one(whole, pope, lvlm) -> None:
     rows = read_rows(whole, Setting.of(FIX).slug)
     for item in pope.items:
@@ -225,6 +270,35 @@ def test_two_runs_cannot_write_one_file(tmp_path) -> None:
         Appender(tmp_path / "results-none.jsonl")
 
 
+def test_lines_that_another_run_wrote_meanwhile_are_not_doubled(
+    whole, pope, lvlm, tmp_path, monkeypatch
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    path = out / "results-none.jsonl"
+    full = path.read_bytes()
+    path.write_bytes(b"")
+
+    class Late(Appender):
+        def __init__(self, opened: Path) -> None:
+            opened.write_bytes(full)  # the other run, just before it let go of the file
+            super().__init__(opened)
+
+    monkeypatch.setattr("lvlm_fix.evals.runner.Appender", Late)
+    run(pope, lvlm, [FIX], out, decoding=SHORT, batch_size=4, progress=False)
+    assert path.read_bytes() == full
+
+
+def test_another_run_is_refused_before_the_model_is_loaded(whole, pope) -> None:
+    with pytest.raises(ValueError, match="batch_size is 4 there and 5 here"):
+        run(pope, "no/such/model", [FIX], whole, decoding=SHORT, batch_size=5, progress=False)
+
+
+def test_a_file_is_no_place_for_results(pope, tmp_path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(NotADirectoryError, match="out is a file, and a run needs a folder"):
+        run(pope, "no/such/model", out=tmp_path / "out", decoding=SHORT, progress=False)
+
+
 def test_a_setting_that_does_not_suit_the_model_leaves_nothing_behind(pope, lvlm, tmp_path) -> None:
     with pytest.raises(ValueError, match="start_layer"):
         run(pope, lvlm, [[VTCCLS(start_layer=-4)]], tmp_path / "out", decoding=SHORT, progress=False)
@@ -274,6 +348,15 @@ def test_chair_marks_words_and_reads_buses(scenes, lvlm, tmp_path) -> None:
     summary = run(task, lvlm, [FIX], tmp_path, decoding=SHORT, progress=False)
     assert summary["settings"][0]["splits"]["all"]["CHAIRs"].keys() >= {"value", "low", "high"}
     assert {entry["metric"] for entry in summary["comparisons"]} == set(task.better)
+
+
+def test_a_limit_that_breaks_the_balance_is_told_of(scenes, recwarn) -> None:
+    asked = {"questions": [scenes / "pope_random.json"], "images": scenes / "images"}
+    assert len(tasks.pope(**asked, limit=4).items) == 4 and not recwarn
+    with pytest.warns(
+        UserWarning, match="of the first 3 questions of random 2 are to be answered yes and 1 no"
+    ):
+        assert len(tasks.pope(**asked, limit=3).items) == 3
 
 
 def test_missing_pictures_and_nothing_to_ask_are_errors(scenes, tmp_path) -> None:

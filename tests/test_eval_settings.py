@@ -34,6 +34,12 @@ def test_decoding_that_makes_no_sense_is_refused(given) -> None:
         Decoding(**given)
 
 
+def test_a_seed_means_nothing_without_sampling_and_is_always_told() -> None:
+    assert Decoding(seeds=(5,)) == Decoding()
+    assert Decoding(seeds=(5,)).as_dict()["seeds"] == [0]
+    assert Decoding(seeds=(5, 6), do_sample=True).as_dict()["seeds"] == [5, 6]
+
+
 def test_settings_begin_with_plain_and_have_files_of_their_own() -> None:
     chosen = parse_settings(["damro(alpha=1.0)", "damro(alpha=10)", "none", "damro(topk=1)"])
     assert chosen[0].name == "none"

@@ -13,7 +13,7 @@ import pytest
 from lvlm_fix.evals.processes import Process, warn_if_alone
 from lvlm_fix.evals.records import read_json
 
-MEASURED = ("wall_seconds", "tokens_per_second", "seconds_per_answer", "peak_memory_bytes")
+MEASURED = ("compute_seconds", "tokens_per_second", "seconds_per_answer", "peak_memory_bytes")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 CHAIR = [

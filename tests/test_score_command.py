@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,58 @@ def test_scoring_loads_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_scoring_takes_no_longer_than_promised(tmp_path: Path) -> None:
+    """3,000 POPE answers in a second and 5,000 long captions in ten, of one core; a tenth of that is usual."""
+    asked, said = tmp_path / "q.json", tmp_path / "a.jsonl"
+    lines = [{"question_id": n, "text": "Is there a dog in the image?", "label": "yes"} for n in range(3000)]
+    asked.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    lines = [
+        {"question_id": n, "answer": "Yes, there is a dog in the image, near a bench."} for n in range(3000)
+    ]
+    said.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    caption = (
+        "The image shows two dogs beside a parking meter and a fire hydrant; a hot dog lies on a bench. " * 10
+    )
+    captions, objects = tmp_path / "c.jsonl", tmp_path / "o.json"
+    lines = [{"image_id": n, "caption": f"{n}: {caption}"} for n in range(5000)]
+    captions.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    objects.write_text(json.dumps({str(n): ["dog", "bench"] for n in range(5000)}))
+    pope = ("pope", "--questions", asked, "--answers", said)
+    chair = ("chair", "--captions", captions, "--objects", objects)
+    few = tmp_path / "few.jsonl"
+    few.write_text(captions.read_text()[: captions.read_text().index("\n") + 1])
+    invoke(score_app, *pope), invoke(score_app, "chair", "--captions", few, "--objects", objects)  # start-up
+    for words, seconds in ((pope, 1), (chair, 10)):
+        started = time.process_time()
+        assert invoke(score_app, *words).exit_code == 0
+        assert time.process_time() - started < seconds
+
+
+def test_the_rule_stands_below_the_table(files: Path) -> None:
+    words = ("chair", "--captions", files / "c.jsonl", "--objects", files / "o.json")
+    assert invoke(score_app, *words).stdout.endswith("objects found by the reference rule\n")
+    english = invoke(score_app, *words, "--rule", "english").stdout
+    assert english.endswith("objects found by the english rule\n")
+    assert "rule" not in invoke(score_app, *words, "--json").stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_with_or_without_its_mark(files: Path, encoding: str) -> None:
+    for name in ("c.jsonl", "o.json"):
+        wrong = Path(shutil.copytree(files, files / f"{name}-{encoding}", ignore=lambda *_: ["q.json"]))
+        (wrong / name).write_bytes((files / name).read_text().encode(encoding))
+        result = invoke(score_app, "chair", "--captions", wrong / "c.jsonl", "--objects", wrong / "o.json")
+        assert str(result.exception) == f"{wrong / name}: is UTF-16, not UTF-8; save it as UTF-8"
+        shutil.rmtree(wrong)
+
+
+def test_questions_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "instances.json").write_text(json.dumps(INSTANCES))
+    words = ("pope", "--annotations", tmp_path / "instances.json", "--split", "random", "--out")
+    missing = invoke(build_app, *words, tmp_path / "nowhere" / "x.json")
+    assert str(missing.exception) == (
+        f"cannot write {tmp_path / 'nowhere' / 'x.json'}: there is no folder {tmp_path / 'nowhere'}; make it first"
+    )
+    assert "it is a folder; name a file in it" in str(invoke(build_app, *words, tmp_path).exception)

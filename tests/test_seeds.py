@@ -75,3 +75,30 @@ def test_the_table_shows_the_deviation_over_seeds(monkeypatch, capfd, tmp_path) 
     assert not stop.value.code and "± standard deviation over 3 seeds" in printed
     recall = read_json(tmp_path / "summary.json")["settings"][0]["splits"]["all"]["recall"]
     assert f"± {recall['deviation']:.1f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("eval chair --limit 3 --max-new-tokens 4 --seed", ""),
+        ("tune vtc_cls --grid keep=72 --limit 4 --max-new-tokens 4 --seed", "validation"),
+    ],
+)
+def test_a_seed_without_sampling_changes_nothing_and_can_be_reported(
+    words, folder, monkeypatch, capfd, tmp_path
+) -> None:
+    def enter(*typed: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lvlm-fix", *typed])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, capfd.readouterr().err
+
+    enter(*words.split(), "5", "--out", str(tmp_path))
+    path = next((tmp_path / folder).glob("results-none.jsonl"))
+    before = path.read_bytes()
+    enter("report", str(tmp_path), "--gallery", "0")
+    assert {json.loads(line)["seed"] for line in before.splitlines()} == {0}
+    assert read_json(path.parent / "manifest.json")["decoding"]["seeds"] == [0]
+    if not folder:  # of tune the seed divides the images, so another one is another search
+        enter(*words.split(), "6", "--out", str(tmp_path))
+        assert path.read_bytes() == before

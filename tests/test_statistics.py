@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm_fix.evals.chair import ChairScore
+from lvlm_fix.evals.clipscore import ClipScoredChair
 from lvlm_fix.evals.pope import PopeScore
 from lvlm_fix.evals.statistics import Bootstrap, holm, mcnemar, ratio
 from lvlm_fix.evals.tasks import Chair, Item, Pope
@@ -88,6 +89,37 @@ def test_a_pairing_finds_what_two_intervals_would_not() -> None:
 def test_three_images_cannot_be_significant() -> None:
     found = Bootstrap(table([0.0] * 3, [1.0] * 3), accuracy).difference("accuracy", 1, 0, 0)
     assert found.p == 0.25
+
+
+def cured(clip: bool = False) -> Bootstrap:
+    """Of 100 captions, plain and under a method that cures five, harms none and lengthens forty others."""
+    plain = np.array([[1, number < 20, 4, number < 20, 3, 2, 10] for number in range(100)], dtype=float)
+    method = plain.copy()
+    method[:5, 1] = method[:5, 3] = 0
+    method[30:70, 6] += 1
+    both = np.stack([plain, method])[:, None]
+    if clip:
+        scores = np.random.default_rng(0).uniform(0.5, 1.2, (2, 1, 100, 1))
+        both = np.concatenate([both, scores, np.zeros_like(scores)], axis=-1)
+    metrics = ClipScoredChair.metrics if clip else Chair.metrics
+    return Bootstrap(both, lambda counts: metrics(object.__new__(ClipScoredChair), counts))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_only_images_that_change_the_metric_count_as_pairs(clip) -> None:
+    boot = cured(clip)
+    for metric in ("CHAIRs", "CHAIRi"):
+        found = boot.difference(metric, 1, 0, 0)
+        assert found.p == boot.difference(metric, 1, 0, None).p == mcnemar([True] * 5, [False] * 5) == 0.0625
+    assert boot.difference("average_length", 1, 0, 0).p < 0.001
+    assert boot.difference("recall", 1, 0, 0).p == 1
+
+
+def test_columns_of_clipscore_change_no_other_test() -> None:
+    without, with_them = cured(), cured(clip=True)
+    for metric in without.values:
+        assert with_them.difference(metric, 1, 0, 0) == without.difference(metric, 1, 0, 0)
+    assert with_them.difference("clipscore", 1, 0, 0).p > 2.0**-90
 
 
 def test_bootstrap_p_is_uniform_enough_where_nothing_differs() -> None:

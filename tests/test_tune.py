@@ -231,7 +231,7 @@ def test_the_command_prints_one_json_object_or_a_table(entered, tmp_path) -> Non
         (("vtc_cls", "--grid", "keep"), "cannot read grid 'keep'"),
         (("vtc_cls", "--grid", "keep=__import__('os')"), "cannot read grid"),
         (("vtc_cls", "--grid", "keep=3,-1"), "keep must be a positive number"),
-        (("vtc_cls", "--grid", "keep='a'"), "vtc_cls cannot have"),
+        (("vtc_cls", "--grid", "keep='a'"), "keep is 'a'; give a number"),
         (("vtc_cls", "--grid", "keep=3,3"), "holds a value twice"),
         (("vtc_cls", "--metric", "average_length"), "cannot be tuned by 'average_length'"),
         (("vtc_cls", "--validation", "1"), "leaves one part empty"),

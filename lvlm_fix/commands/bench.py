@@ -124,29 +124,27 @@ def _numbers(text: str | None, option: str) -> list[int]:
 
 
 def _print(result: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:  # in a file a table need not fit 80 columns
+        console = Console(markup=False, emoji=False, highlight=False, width=160)
     machine = result["machine"]
     console.print(
         f"{result['model']} ({result['dtype']}) on {machine['device']}, {machine['threads']} threads, "
         f"{result['new_tokens']} tokens, {result['clock']} clock; medians [quartiles], ratios to plain"
     )
     for case in result["cases"]:
-        table = Table(title=f"batch of {case['batch_size']}, prompt of {case['prompt_tokens']} tokens")
-        for heading in (
-            "setting",
-            "first token",
-            "x",
-            "each token",
-            "x",
-            "tokens/s",
-            "answer x",
-            "KV x",
-            "peak MiB",
-        ):
-            table.add_column(heading, overflow="fold", no_wrap=heading != "setting")
+        table = Table(
+            title=f"batch of {case['batch_size']}, prompt of {case['prompt_tokens']} tokens",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("setting", overflow="fold", min_width=16)
+        for heading in ("first token", "each token", "whole answer", "tokens/s", "KV bytes", "peak MiB"):
+            table.add_column(heading)
         for name, entry in case["settings"].items():
             table.add_row(name, *_cells(entry))
         console.print(table)
@@ -167,18 +165,17 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
-    ratios, kept = entry["ratios"], entry["ratios"].get("kv_bytes")
+    kept = entry["ratios"].get("kv_bytes")
     return [
-        f"{entry['first_token']['median'] * 1e3:.1f} ms",
-        _ratio(ratios["first_token"]),
-        f"{entry['token']['median'] * 1e3:.2f} ms",
-        _ratio(ratios["token"]),
+        *(_timed(entry, measure) for measure in ("first_token", "token", "answer")),
         f"{entry['tokens_per_second']['median']:.1f}",
-        _ratio(ratios["answer"]),
-        "" if kept is None else f"{kept:.2f}",
+        "" if kept is None else f"{kept:.2f}x",
         "" if entry["peak"] is None else f"{entry['peak'] / 2**20:.0f}",
     ]
 
 
-def _ratio(value: dict[str, float]) -> str:
-    return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+def _timed(entry: dict[str, Any], measure: str) -> str:
+    """Milliseconds, and the ratio to plain with its quartiles."""
+    ratio = entry["ratios"][measure]
+    spread = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{entry[measure]['median'] * 1e3:.4g} ms {spread}"

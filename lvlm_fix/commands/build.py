@@ -43,8 +43,9 @@ def pope(
 ) -> None:
     """POPE questions: half about objects in the image, half about objects that are not."""
     from lvlm_fix.evals.build_pope import build_pope
-    from lvlm_fix.evals.records import write_lines
+    from lvlm_fix.evals.records import check_place, write_lines
 
+    check_place(out)
     rows = build_pope(annotations, split.value, seed, images, per_image, statistics)
     write_lines(out, rows)
     asked = len({row["image"] for row in rows})

@@ -39,7 +39,9 @@ Fix = Annotated[
     ),
 ]
 Images = Annotated[Path | None, typer.Option(help="Folder of the pictures. [default: embedded scenes]")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many, of each split.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Only the first so many, of each split; of POPE an even number.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions asked at once.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer. [default: the benchmark's]")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed of sampling.")]
@@ -119,7 +121,10 @@ def chair(
     ] = False,
     clip: Annotated[
         Path | None,
-        typer.Option(help="Folder of an OpenCLIP model. [default: one that knows the embedded scenes only]"),
+        typer.Option(
+            help="Folder of an OpenCLIP model with its open_clip_config.json, or architecture and weights, as "
+            "ViT-B-32:weights.safetensors. [default: one that knows the embedded scenes only]"
+        ),
     ] = None,
     clip_prefix: Annotated[
         str | None,
@@ -285,6 +290,7 @@ def _print(task: Task, summary: dict[str, Any], out: Path) -> None:
         f"\n{summary['confidence']:.0%} intervals from {summary['resamples']:,} resamples of "
         f"{summary['images']:,} images; "
         + (f"± standard deviation over {len(summary['seeds'])} seeds; " if several_seeds else "")
+        + (f"objects found by the {task.options['rule']} rule; " if "rule" in task.options else "")
         + f"results and manifest in {out}",
         soft_wrap=True,
     )

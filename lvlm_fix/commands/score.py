@@ -100,6 +100,7 @@ def chair(
         _print_json({**score.as_dict(), **({"details": _details(score)} if details else {})}, faults)
     else:
         _print_table(_chair_table(score, captions), faults)
+        print(f"objects found by the {rule.value} rule")
         if details:
             _print_table(_details_table(score))
 

@@ -179,7 +179,8 @@ def _print(task: Task, found: dict[str, Any], out: Path) -> None:
             soft_wrap=True,
         )
     console.print(
-        f"\n95% intervals; {images['validation']:,} images to choose by, {images['test']:,} to test on; results "
-        f"and manifests in {out}",
+        f"\n95% intervals; {images['validation']:,} images to choose by, {images['test']:,} to test on; "
+        + (f"objects found by the {task.options['rule']} rule; " if "rule" in task.options else "")
+        + f"results and manifests in {out}",
         soft_wrap=True,
     )
