@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+import transformers
 
 from lvlm_fix.encoding import Companion
 from lvlm_fix.errors import AttachError, UnsupportedModelError
@@ -23,10 +27,15 @@ class Attachment:
 
     def __init__(self, model: Any, methods: tuple[Method, ...], scores: Companion | None = None) -> None:
         family = check(model, methods)
+        if scores is not None and not callable(getattr(scores, "maps", None)):
+            raise AttachError(
+                f"{type(scores).__name__} scores no pictures: pass scores=CLSFrom(open_clip_model)"
+            )
         self.model, self.methods = model, methods
-        generator, encoder = family.generator(model), family.encoder(model)
         prepared = tuple(method.prepare(model) for method in methods)
-        self._pipeline = Pipeline(model, family, prepared, generator.forward, scores)
+        with _naming_what_is_assumed(family):
+            generator, encoder = family.generator(model), family.encoder(model)
+            self._pipeline = Pipeline(model, family, prepared, generator.forward, scores)
         self._attached = bool(methods)  # "auto" may have found none
         if not methods:
             return
@@ -100,6 +109,18 @@ def check(model: Any, methods: tuple[Method, ...]) -> Family:
             if other in names:
                 warnings.warn(f"{method.name} with {other}: {reason}", stacklevel=4)
     return family
+
+
+@contextmanager
+def _naming_what_is_assumed(family: Family) -> Iterator[None]:
+    """Families reach for parts of a model by transformers' names; a part that is not there is told as such."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"lvlm-fix does not find its way in this {family.name} model: {error}; it assumes the parts and names that "
+            f"transformers 5.17 to 5.24 give it, and this is {transformers.__version__}"
+        ) from error
 
 
 def _like(function: Any, original: Any, owner: Attachment) -> Any:

@@ -16,6 +16,7 @@ from lvlm_fix.decoding import attend
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.interception import Interception, Proceed
 from lvlm_fix.kernels import quantized_decode, sparse_prefill, visual_attention
+from lvlm_fix.kernels.fused.launch import fits_attention
 from lvlm_fix.kernels.visual_attention import plain_attention
 from lvlm_fix.methods.base import AttentionStep, Method
 from lvlm_fix.models.base import Family
@@ -107,7 +108,8 @@ class MethodAttention:
         this = _PASS.get()
         if this is None:
             return proceed(module, query, key, value, mask, **options)
-        _refuse_what_is_not_plain_attention(key.shape[-2], options)
+        # Of all columns: a cache layer that slides holds fewer keys than the masks have columns.
+        _refuse_what_is_not_plain_attention(this.real.shape[1], options)
         layer = self.index[id(module)]
         this.layers_seen += 1
         if not this.prefill and query.shape[2] == 1 and isinstance(this.cache, BranchedCache):
@@ -155,7 +157,7 @@ class MethodAttention:
             step = method.attention(step)
         moved = step.redistribution
         packed = cache.layers[layer]
-        if isinstance(packed, PackedLayer):
+        if isinstance(packed, PackedLayer) and packed.groups:
             return quantized_decode(
                 step.query,
                 packed.packed,
@@ -224,6 +226,11 @@ def _attention(step: AttentionStep, unpadded: bool) -> Tensor:
             step.query, step.key, step.value, step.important, redistribution=moved, **masked
         )
     if step.redistribution is None:
+        if masked["key_mask"] is not None and fits_attention(step.query):
+            # Nothing is moved: the kernel's tiles are all plain, and no mask of Q x T is made.
+            nothing, idle = torch.zeros_like(step.real), {"rho": 0.0, "min_image_attention": 0.0, "p": 0.0}
+            masked |= idle | {"first_query": step.key.shape[2]}
+            return visual_attention(step.query, step.key, step.value, nothing, nothing, **masked)
         return plain_attention(step.query, step.key, step.value, **masked)
     moved = step.redistribution
     return visual_attention(
@@ -246,12 +253,14 @@ def _widen(mask: Tensor, width: int) -> Tensor:
     return torch.cat([mask, mask.new_zeros(len(mask), missing)], dim=1) if missing > 0 else mask
 
 
-def _refuse_what_is_not_plain_attention(keys: int, options: dict[str, Any]) -> None:
+def _refuse_what_is_not_plain_attention(columns: int, options: dict[str, Any]) -> None:
     window = options.get("sliding_window")
-    if options.get("softcap") is not None or (window is not None and keys > window):
+    own = any(options.get(name) is not None for name in ("softcap", "s_aux"))
+    if own or (window is not None and columns > window):
         raise UnsupportedModelError(
-            "this decoder caps its attention logits or slides a window over its keys: VAR and ZipVL work on plain "
-            "causal attention; attach methods without the attention stage, such as VTCCLS or DAMRO"
+            "this decoder caps its attention logits, slides a window over its keys or has a sink that is no token: "
+            "VAR and ZipVL work on plain causal attention; attach methods without the attention stage, such as VTCCLS "
+            "or DAMRO"
         )
 
 

@@ -135,7 +135,8 @@ def cache_bytes(output: Any) -> int | None:
     if cache is None:
         return None
     total = 0
-    for layer in cache.layers:
+    branches = [cache, *getattr(cache, "apart", [])]
+    for layer in (layer for branch in branches for layer in branch.layers):
         packed = getattr(layer, "nbytes", None)
         total += layer.keys.nbytes + layer.values.nbytes if packed is None else packed
     return total

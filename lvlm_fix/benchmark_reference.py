@@ -90,8 +90,7 @@ class _Tower:
     def kept(self, method: VTCCLS, patches: int) -> Tensor:
         """VTC-CLS: (B, keep) places, in raster order, by the CLS attention of several layers."""
         scores = torch.stack([weights[:, :, 0, 1:].mean(1) for weights in self.weights])
-        keep = round(method.keep * patches) if method.keep < 1 else int(method.keep)
-        return select_by_cls(scores, min(max(keep, 1), patches), method.start_layer)
+        return select_by_cls(scores, method.count(patches), method.start_layer)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -62,14 +63,27 @@ class BranchedCache(Cache):
     Row `b * rows + r` is branch `b` of row `r`: the positive branch first, then one for each contrasting method.
     So every decoding step is one forward pass, and the weights are read once for all branches.
     `generate` meets an ordinary cache of `rows` rows: beams are reordered in all branches alike.
+
+    A branch that is often not needed is kept `apart`, in a cache of its own: it may fall behind, by the tokens
+    `waiting` (rows, W), and catches up in one pass when it is asked.
     """
 
-    def __init__(self, branches: list[Branch], full_length: int) -> None:
+    def __init__(
+        self,
+        branches: list[Branch],
+        full_length: int,
+        methods: frozenset[Any],
+        name: str,
+        apart: Sequence[Branch] = (),
+    ) -> None:
         """Stack branches of equal row count; shorter ones are padded on the left.
 
         Args:
             branches: the positive branch first.
             full_length: columns of the prompt, padding included, before image tokens were chosen.
+            methods: under which it was made, and must go on.
+            name: what the model's forward pass calls it.
+            apart: branches that are not stacked.
         """
         width = max(branch.real.shape[1] for branch in branches)
         layers = [list(branch.cache.layers) for branch in branches]
@@ -81,17 +95,12 @@ class BranchedCache(Cache):
         self.next_position = torch.cat([branch.next_position for branch in branches])
         self.unpadded = bool(self.mask.all())
         found = sorted({layer for branch in branches for layer in branch.sinks})
-        none = [torch.zeros_like(branch.real) for branch in branches]
-        self.sinks = {
-            layer: torch.cat(
-                [
-                    _pad_left(branch.sinks.get(layer, nothing), width, dim=1)
-                    for branch, nothing in zip(branches, none, strict=True)
-                ]
-            )
-            for layer in found
-        }
+        self.sinks = {layer: _stacked_sinks(branches, layer, width) for layer in found}
         self._slots: dict[Any, tuple[int, Slots]] = {}
+        self.methods, self.name = methods, name
+        self.apart = [BranchedCache([branch], full_length, methods, name) for branch in apart]
+        self.waiting: Tensor | None = None
+        self.all_pictured = bool(self.image_mask.any(1).all())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -138,6 +147,20 @@ class BranchedCache(Cache):
             sinks = None if sinks is None else sinks.gather(1, index) & filled
         return Slots(real, image, sinks, key.dtype)
 
+    def pictured(self, rows: int) -> Tensor | None:
+        """Which of the rows (rows,) have pictures; None where all have."""
+        return None if self.all_pictured else self.image_mask[:rows].any(1)
+
+    def wait(self, input_ids: Tensor) -> None:
+        """Fall behind by further tokens (rows, Q)."""
+        self.waiting = input_ids if self.waiting is None else torch.cat([self.waiting, input_ids], dim=1)
+
+    def waited(self) -> Tensor:
+        """The tokens (rows, W) that this branch is behind by, to be passed on now."""
+        assert self.waiting is not None
+        waiting, self.waiting = self.waiting, None
+        return waiting
+
     def generated(self) -> int:
         """Number of tokens cached after the prompt."""
         return self.get_seq_length() - self.width
@@ -176,9 +199,12 @@ class BranchedCache(Cache):
         self._slots.clear()
         self.mask, self.image_mask = self.mask[rows], self.image_mask[rows]
         self.next_position = self.next_position[rows]
+        self.waiting = None if self.waiting is None else self.waiting[rows]
         self.sinks = {layer: sinks[rows.to(sinks.device)] for layer, sinks in self.sinks.items()}
 
     def _all_branches(self, rows: Tensor) -> Tensor:
+        """Indices in the stack of the same rows in every branch; `rows` are indices, or a bool (rows,) mask."""
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         count = len(self.mask) // self.branches
         return torch.cat([rows.to(self.mask.device) + branch * count for branch in range(self.branches)])
 
@@ -186,15 +212,21 @@ class BranchedCache(Cache):
         rows = self._all_branches(beam_idx)
         super().reorder_cache(cast(torch.LongTensor, rows))
         self._select(rows)
+        for other in self.apart:
+            other.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = self._all_branches(indices)
         super().batch_select_indices(rows)
         self._select(rows)
+        for other in self.apart:
+            other.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._select(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(repeats))
+        for other in self.apart:
+            other.batch_repeat_interleave(repeats)
 
     def crop(self, *args: int, **kwargs: int) -> None:
         raise NotImplementedError(
@@ -204,15 +236,30 @@ class BranchedCache(Cache):
 
 
 def _stacked(parts: list[Any], width: int) -> Any:
-    """One layer of all branches."""
+    """One layer of all branches, of which the longest has `width` columns."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], PackedLayer):
         return PackedLayer.stack(parts)
-    layer = parts[0]
-    layer.keys = torch.cat([_pad_left(part.keys, width, dim=2) for part in parts])
-    layer.values = torch.cat([_pad_left(part.values, width, dim=2) for part in parts])
+    layer = copy(parts[0])  # the first may be in a cache of the caller's
+    held = max(part.keys.shape[2] for part in parts)
+    layer.keys = torch.cat([_pad_left(part.keys, held, dim=2) for part in parts])
+    layer.values = torch.cat([_pad_left(part.values, held, dim=2) for part in parts])
+    if layer.is_sliding:  # it holds the newest columns alone, and counts all
+        layer.cumulative_length = width
     return layer
+
+
+def _stacked_sinks(branches: list[Branch], layer: int, width: int) -> Tensor:
+    """Sinks (rows of all branches, width) of a layer that has some in at least one branch."""
+    found = [branch.sinks.get(layer) for branch in branches]
+    # Layers may be on several devices, and the masks of the prompt on yet another.
+    place = next(sinks.device for sinks in found if sinks is not None)
+    masks = [
+        torch.zeros_like(branch.real, device=place) if sinks is None else sinks
+        for branch, sinks in zip(branches, found, strict=True)
+    ]
+    return torch.cat([_pad_left(mask, width, dim=1) for mask in masks])
 
 
 def _pad_left(tensor: Tensor, width: int, dim: int) -> Tensor:

@@ -51,7 +51,7 @@ class Slots:
 
     def cut(self, keys: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The masks (R, keys) of the first `keys` keys: real, image and sinks."""
-        if keys > self.real.shape[1]:
+        while keys > self.real.shape[1]:
             self._write(self.real, self.image, self.sinks)
         sinks = None if self.sinks is None else self.sinks[:, :keys]
         return self.real[:, :keys], self.image[:, :keys], sinks

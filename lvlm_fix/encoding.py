@@ -57,6 +57,7 @@ class ImageEncoder:
         self.signature = inspect.signature(self.plain)
         self.arguments = tuple(self.signature.parameters)
         self.known: dict[int, Encoded] = {}  # by the identity of an image's features
+        self.unused = False  # encoded, and not yet looked for in a prompt
 
     def install(self) -> None:
         if self.recorder is not None:
@@ -81,6 +82,7 @@ class ImageEncoder:
             id(feature): Encoded(feature, seen, context, place)
             for place, (feature, seen) in enumerate(zip(features, encodings, strict=True))
         }
+        self.unused = True
         return self.family.with_features(result, features)
 
     def _encodings(self, features: list[Tensor], inputs: Mapping[str, Any]) -> list[VisionEncoding]:

@@ -31,11 +31,9 @@ class FirstLook:
     def __call__(
         self, model: Any, family: Family, methods: Sequence[Method], images: list[Encoded], this: Pass | None
     ) -> None:
-        if self.done:
+        if self.done or not images:
             return
         self.done = True
-        if not images:
-            return
         for method in methods:
             judge = _AT_HAND.get(type(method))
             if judge is None or method.name in self.warned:

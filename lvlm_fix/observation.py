@@ -15,6 +15,7 @@ from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.functional import image_centric_heads, important_tokens, sink_tokens
 from lvlm_fix.kernels import probe_scores
 from lvlm_fix.methods import VAR, AttentionStep, Method, ZipVL
+from lvlm_fix.methods.var import last_row
 from lvlm_fix.models.base import Family
 from lvlm_fix.premises import Seen
 from lvlm_fix.sinks import SinkDims
@@ -59,13 +60,13 @@ class Observer(Method):
         sinks = torch.zeros_like(step.real)
         if self.sinks.dims:
             sinks = sink_tokens(step.hidden_states, self.sinks.dims, self.sinks.threshold) & step.real
-        positions = step.shared.setdefault(self.zipvl, self.zipvl.probes(step.real))
+        positions = step.shared.setdefault(self.zipvl, self.zipvl.probes(step.real)).to(step.query.device)
         index = positions[:, None, :, None].expand(-1, step.query.shape[1], -1, step.query.shape[-1])
         scores, normalised = probe_scores(
             step.query.gather(2, index), step.key, positions, step.scale, step.real
         )
         needed = important_tokens(scores, normalised, self.zipvl.tau).sum() / step.real.sum()
-        weights = _last_row(step)
+        weights = last_row(step)
         on_image = (weights * step.image_mask[:, None, None]).sum(-1)
         gate = (self.var.rho, self.var.min_image_attention)
         heads = image_centric_heads(weights, step.image_mask, sinks, *gate)
@@ -96,14 +97,6 @@ class _OfTheTowerOnly(Method):
 
     def select(self, vision: VisionEncoding) -> None:
         return None
-
-
-def _last_row(step: AttentionStep) -> Tensor:
-    """Attention (R, H, 1, T) of the prompt's last token."""
-    groups = step.query.shape[1] // step.key.shape[1]
-    logits = step.query[:, :, -1:].float() @ step.key.repeat_interleave(groups, dim=1).float().mT
-    logits = logits * (step.query.shape[-1] ** -0.5 if step.scale is None else step.scale)
-    return logits.masked_fill(~step.real[:, None, None], float("-inf")).softmax(-1)
 
 
 def observed(

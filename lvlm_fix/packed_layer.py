@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from lvlm_fix._tensors import require, require_bool, sizes
-from lvlm_fix.kernels.pack import pack
+from lvlm_fix.packed_group import EMPTY, PackedGroup
 from lvlm_fix.quantization import QuantizedTensor, dequantize_kv
 
 __all__ = ["PackedGroup", "PackedLayer"]
@@ -24,45 +23,6 @@ __all__ = ["PackedGroup", "PackedLayer"]
 # Generated tokens are packed this many at a time. A group has its own key ranges, two numbers a channel: over 64
 # tokens they add half a bit to a 4-bit code. Fewer would cost more; with more, tokens wait longer at full size.
 GROUP = 64
-# The place of an empty slot. Places count from the end of the prompt, so padding on the left moves none.
-EMPTY = torch.iinfo(torch.int32).min
-
-
-@dataclass(frozen=True, eq=False)
-class PackedGroup:
-    """Tokens of one precision, (R, H, K, D), K may be 0; `places` (R, 1, K, 1) int32 are columns minus T, or EMPTY.
-
-    Ranges are a row's own, so its tokens come back the same whatever rows are beside it.
-    """
-
-    keys: QuantizedTensor
-    values: QuantizedTensor
-    places: Tensor
-
-    @classmethod
-    def pack(cls, keys: Tensor, values: Tensor, places: Tensor, bits: int) -> PackedGroup:
-        """Pack the tokens whose place in `places` (R, 1, N, 1) is not EMPTY, N at least 1."""
-        chosen = places != EMPTY
-        counts = chosen.sum(2, keepdim=True)
-        width = int(counts.max())
-        # With no token at all, one zero is packed, since a range needs something, and cut off again.
-        order = chosen.byte().argsort(dim=2, descending=True, stable=True)[:, :, : max(width, 1)]
-        filled = torch.arange(order.shape[2], device=order.device)[:, None] < counts
-        # A copy of the row's first token moves no minimum and no maximum. Rows without tokens hold zeros: padding
-        # may be NaN, which an attention weight of zero would not silence.
-        order = torch.where(filled, order, order[:, :, :1])
-        keys, values = (x.take_along_dim(order, dim=2).masked_fill(counts == 0, 0) for x in (keys, values))
-        places = places.take_along_dim(order, dim=2).masked_fill(~filled, EMPTY)
-        packed_keys, packed_values = pack(keys, values, bits)
-        group = cls(packed_keys, packed_values, places)
-        return group if width else cls.each(lambda x: x[:, :, :0].clone(), group)
-
-    @classmethod
-    def each(cls, change: Callable[..., Tensor], *groups: PackedGroup) -> PackedGroup:
-        """`change`, of rows or of device, made to the tensors of the same name in all groups."""
-        keys = _each(change, *(group.keys for group in groups))
-        values = _each(change, *(group.values for group in groups))
-        return cls(keys, values, change(*(group.places for group in groups)))
 
 
 class PackedLayer(CacheLayerMixin):
@@ -70,7 +30,8 @@ class PackedLayer(CacheLayerMixin):
 
     A layer for `transformers.Cache(layers=[...])`: `compress` makes one from a prefilled cache, the constructor
     an empty one. `keys`, `values` and `places` hold the newest tokens alone (the tail). `groups` holds the
-    important tokens, the rest, then one group for every 64 tokens appended.
+    important tokens, the rest, then one group for every 64 tokens appended. The tokens of the last `update` are
+    always in the tail, in their order: its queries must not see what the ranges of a group tell of later tokens.
 
     `update` returns S slots, often fewer than the `get_seq_length()` tokens seen and in another order: positions
     have gone into the keys (RoPE), so only the attention mask needs `columns` to know what a slot is. The packed
@@ -93,6 +54,7 @@ class PackedLayer(CacheLayerMixin):
     places: Tensor
     groups: list[PackedGroup]
     appended: int
+    grouped: int
 
     def __init__(self, *, bits: int = 4, low_bits: int = 2, window: int = 32) -> None:
         require({bits, low_bits} <= {2, 4, 8}, f"bits and low_bits must be 2, 4 or 8, got {bits}, {low_bits}")
@@ -154,8 +116,11 @@ class PackedLayer(CacheLayerMixin):
         """
         filled = len(layers) > 0 and all(layer.is_initialized for layer in layers)
         require(filled, "layers to stack must be at least one and hold tokens: compress their prompts first")
-        kinds = {(x.bits, x.low_bits, x.window, x.appended, *x.keys.shape[1::2], x.dtype) for x in layers}
-        names = "(bits, low_bits, window, tokens appended, heads, head width, dtype)"
+        kinds = {
+            (x.bits, x.low_bits, x.window, x.appended, x.grouped, *x.keys.shape[1::2], x.dtype)
+            for x in layers
+        }
+        names = "(bits, low_bits, window, tokens appended, of those packed, heads, head width, dtype)"
         require(len(kinds) == 1, f"layers to stack must have the same {names}, got {sorted(map(str, kinds))}")
         deepest = max(len(layer.groups) for layer in layers)
         layers = [layer._with_groups(deepest) for layer in layers]
@@ -169,28 +134,30 @@ class PackedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens (R, H, Q, D); all keys and values, (R, H, S, D) each, in the order of `columns`.
 
-        With `dequantize=False` they are not made: two tensors of that shape are NaN and take no memory.
+        With `dequantize=False` and something packed they are not made: two tensors of that shape are NaN and take no
+        memory.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # What earlier calls appended is packed 64 at a time, all that was older than the window by then. A count of
+        # the tail's columns would not do: a short prompt's tail is narrower alone than beside a longer prompt.
+        for due in range(self.grouped + GROUP, self.appended + 1, GROUP):
+            old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
+            self.groups.append(PackedGroup.pack(*old, self.bits))
+            self.grouped = due
         before, self.appended = self.appended, self.appended + key_states.shape[2]
         places = torch.arange(before, self.appended, dtype=torch.int32, device=key_states.device)
         places = places[:, None].expand(len(key_states), 1, -1, 1)
         self.keys = torch.cat([self.keys, key_states], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
         self.places = torch.cat([self.places, places], dim=2)
-        # With every 64th token appended, all that is older than the window is packed. A count of the tail's
-        # columns would not do: a short prompt's tail is narrower alone than beside a longer prompt.
-        for due in range(before - before % GROUP + GROUP, self.appended + 1, GROUP):
-            old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
-            self.groups.append(PackedGroup.pack(*old, self.bits))
+        if not self.groups:
+            return self.keys, self.values
         if not dequantize:
             slots = self.keys.shape[2] + sum(group.places.shape[2] for group in self.groups)
             shape = (*key_states.shape[:2], slots, key_states.shape[3])
             nothing = key_states.new_full((1, 1, 1, 1), torch.nan).expand(shape)
             return nothing, nothing
-        if not self.groups:
-            return self.keys, self.values
         packed_keys = [dequantize_kv(keys) for keys, _ in self.packed]
         packed_values = [dequantize_kv(values) for _, values in self.packed]
         return torch.cat([*packed_keys, self.keys], dim=2), torch.cat([*packed_values, self.values], dim=2)
@@ -209,8 +176,21 @@ class PackedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes held: packed codes, scales, zero points, channel scales, tail and columns."""
-        packed = [part for group in self.groups for part in (group.keys, group.values, group.places)]
-        return sum(part.nbytes for part in (self.keys, self.values, self.places, *packed))
+        packed = [tensor for group in self.groups for tensor in group.tensors]
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.places, *packed))
+
+    def nbytes_by_row(self) -> Tensor:
+        """(R,) long, bytes that each row's own tokens take: those that the row would hold alone, without padding."""
+        held = [(self.places, [self.keys, self.values, self.places])]
+        held += [(group.places, group.tensors) for group in self.groups]
+        rows = torch.zeros(len(self.places), dtype=torch.long, device=self.places.device)
+        for places, tensors in held:
+            count = (places != EMPTY).sum((1, 2, 3))
+            for x in tensors:
+                # Ranges of a whole group are one slot wide, and none where it holds no token of the row.
+                slots = count if x.shape[2] == places.shape[2] else count.clamp_max(1)
+                rows += slots * (x[0, :, :1].numel() * x.itemsize)
+        return rows
 
     @property
     def full_nbytes(self) -> int:
@@ -237,7 +217,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.keys = self.values = torch.empty(0, 0, 0, 0)
         self.places = torch.empty(0, 1, 0, 1, dtype=torch.int32)
-        self.groups, self.prompt, self.appended, self.is_initialized = [], 0, 0, False
+        self.groups, self.prompt, self.appended, self.grouped, self.is_initialized = [], 0, 0, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda tensor: tensor[beam_idx.to(tensor.device)])
@@ -276,14 +256,6 @@ class PackedLayer(CacheLayerMixin):
             self.keys, self.values, self.places = map(change, *((x.keys, x.values, x.places) for x in layers))
             parts = zip(*(layer.groups for layer in layers), strict=True)
             self.groups = [PackedGroup.each(change, *groups) for groups in parts]
-
-
-def _each(change: Callable[..., Tensor], *parts: QuantizedTensor) -> QuantizedTensor:
-    """`change` made to the tensors that have the same name in all `parts`."""
-    names = ("packed", "scale", "zero_point", "channel_scale")
-    tensors = {name: [getattr(part, name) for part in parts] for name in names}
-    changed: dict[str, Any] = {name: change(*held) for name, held in tensors.items() if held[0] is not None}
-    return replace(parts[0], **changed)
 
 
 def _cat_rows(*tensors: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,12 +20,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from lvlm_fix.attention import MethodAttention, Pass, first_query
 from lvlm_fix.cache import NAMES, Branch, BranchedCache, cache_name
 from lvlm_fix.encoding import Companion, Encoded, ImageEncoder
-from lvlm_fix.errors import PromptError
+from lvlm_fix.errors import PromptError, UnsupportedModelError
 from lvlm_fix.first_look import FirstLook
 from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.prompt import Layout, kept_columns, layout, pack
 from lvlm_fix.reporting import Report
+from lvlm_fix.stepping import Stepper, contrasted
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ class Pipeline:
         self.model, self.family, self.methods, self.plain_forward = model, family, methods, plain_forward
         self.cache_name = cache_name(family.generator(model))
         stages = {stage for method in methods for stage in method.stages()}
-        self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
         self.packs_cache = "cache" in stages
         self.encoder = ImageEncoder(model, family, bool({"select", "negative_tokens"} & stages), companion)
         attends = bool({"attention", "cache"} & stages)
         self.attention = MethodAttention(model, family, methods) if attends else None
+        self.step = Stepper(plain_forward, methods, self.attention)
+        self.taken: WeakSet[Cache] = WeakSet()
         self.report: Report | None = None
         self.first_look = FirstLook()
 
@@ -86,12 +89,17 @@ class Pipeline:
         kwargs = {self.cache_name if name in NAMES else name: value for name, value in kwargs.items()}
         cache, embeddings = kwargs.get(self.cache_name), kwargs.get("inputs_embeds")
         if isinstance(cache, BranchedCache):
-            return self._step(input_ids, cache, kwargs)
-        is_image = None
-        if embeddings is not None:
-            is_image = self.family.finds_images(
-                embeddings, [image.features for image in self.encoder.known.values()]
+            if input_ids is None or _has_images(kwargs):
+                raise PromptError(
+                    "under attach, a conversation goes on in text: pass a new picture in a new generate call"
+                )
+            return self.step(input_ids, cache, self._without_pictures(kwargs), self.report)
+        if cache is not None and cache in self.taken:
+            raise PromptError(
+                "attach took this KV cache over in an earlier call and keeps more than it shows: pass the cache that "
+                "generate returned with return_dict_in_generate=True, or start a new prompt"
             )
+        is_image = None if embeddings is None else self._placed_images(embeddings)
         if is_image is None and not _has_images(kwargs):
             self._refuse_missing_pictures(input_ids)
             fresh = cache is None or not cache.get_seq_length()
@@ -102,12 +110,26 @@ class Pipeline:
             raise PromptError(
                 "under attach, a prompt with pictures is passed as input_ids, not inputs_embeds"
             )
-        if cache is not None and (cache.get_seq_length() or getattr(cache, "is_compileable", False)):
+        grows = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
+        if cache is not None and (cache.get_seq_length() or not grows):
             raise PromptError(
-                "under attach, pictures come in the first call, into an empty DynamicCache: leave past_key_values, "
-                "prefill_chunk_size and cache_implementation='static' out"
+                "under attach, pictures come in the first call, into an empty DynamicCache that stays on its device: "
+                f"leave {self.cache_name}, prefill_chunk_size and cache_implementation='static' or another out"
             )
         return self._prefill(self._prompt(input_ids, embeddings, is_image, kwargs), kwargs)
+
+    def _placed_images(self, embeddings: Tensor) -> Tensor | None:
+        """Where the images are that the model has encoded and put into the embeddings itself; None without images."""
+        known = [image.features for image in self.encoder.known.values()]
+        is_image = self.family.finds_images(embeddings, known)
+        places_images = type(self.family).finds_images is not Family.finds_images
+        if is_image is None and self.encoder.unused and places_images:
+            raise UnsupportedModelError(
+                "the image tokens are not in the prompt: lvlm-fix assumes that transformers' "
+                f"{self.family.name} models put them there unchanged"
+            )
+        self.encoder.unused = False
+        return is_image
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
@@ -138,8 +160,7 @@ class Pipeline:
         kwargs: dict[str, Any],
     ) -> Prompt:
         """The prompt with its images in place; families whose generator gets embeddings have put them there."""
-        mask, own = kwargs.get("attention_mask"), ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids")
-        rest = {name: kwargs[name] for name in kwargs if name not in own + self.encoder.arguments}
+        mask, rest = kwargs.get("attention_mask"), self._without_pictures(kwargs)
         if is_image is not None:
             assert embeddings is not None
             images = list(self.encoder.known.values())
@@ -158,6 +179,10 @@ class Pipeline:
         positions = self.family.positions(self.model, input_ids, mask, kwargs) if images else None
         return Prompt(embeddings, is_image & where.visible, where, images, positions, rest)
 
+    def _without_pictures(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        own = ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids", *self.encoder.arguments)
+        return {name: value for name, value in kwargs.items() if name not in own}
+
     def _prefill(self, prompt: Prompt, kwargs: dict[str, Any]) -> Any:
         self.report = Report(self.methods)
         self.report.begin(prompt.images, [row for row, _ in prompt.where.spans])
@@ -165,22 +190,29 @@ class Pipeline:
         output, branch, this = self._branch(
             prompt, kept, kwargs.get(self.cache_name), kwargs.get("logits_to_keep", 0)
         )
-        branches = [branch]
-        for method in self.contrasting:
+        branches, apart = [branch], list[Branch]()
+        pictured = prompt.is_image.any(1)
+        for method in self.step.contrasting:
             chosen = self._for_each(prompt.images, functools.partial(self._negative, method))
             embeddings = prompt.embeddings.clone()
             for (row, columns), (features, places) in zip(prompt.where.spans, chosen, strict=True):
                 embeddings[row, columns[places]] = features.to(embeddings.device, embeddings.dtype)
             seen = Prompt(**{**vars(prompt), "embeddings": embeddings})
             negative, branch, _ = self._branch(seen, [places for _, places in chosen], None, 1)
-            last = method.logits(output.logits[:, -1], negative.logits[:, -1])
+            last = output.logits[:, -1]
+            unsure = method.unsure(last)
+            (branches if unsure is None else apart).append(branch)
+            if unsure is not None:
+                self.report.contrasted(method, unsure)
+            last = contrasted(method, last, negative.logits[:, -1], unsure, pictured)
             output.logits = torch.cat([output.logits[:, :-1].to(last.dtype), last[:, None]], dim=1)
-            branches.append(branch)
         if this is not None:
             self.report.attention(self.methods, this)
         self.first_look(self.model, self.family, self.methods, prompt.images, this)
         if kwargs.get("use_cache") is not False:
-            output[self.cache_name] = BranchedCache(branches, prompt.embeddings.shape[1])
+            output[self.cache_name] = BranchedCache(
+                branches, prompt.embeddings.shape[1], self.step.methods, self.cache_name, apart
+            )
         return output
 
     def _branch(
@@ -205,6 +237,8 @@ class Pipeline:
                 prefill=True,
                 unpadded=bool(packed.mask.all()),
             )
+        if caching:
+            self.taken.add(cache)
         with self.attention.running(this) if self.attention and this else nullcontext():
             output = self.plain_forward(**inputs)
         sinks = {} if this is None else this.sinks
@@ -236,66 +270,7 @@ class Pipeline:
         self.report.image(method, image, outliers=indices)
         return self.family.negative_features(self.model, image.features, indices, image.context, image.place)
 
-    def _step(self, input_ids: Tensor | None, cache: BranchedCache, kwargs: dict[str, Any]) -> Any:
-        if input_ids is None or _has_images(kwargs):
-            raise PromptError(
-                "under attach, a conversation goes on in text: pass a new picture in a new generate call"
-            )
-        rows, new = input_ids.shape
-        mask: Tensor | None
-        if cache.branches != 1 + len(self.contrasting):
-            raise PromptError(
-                "past_key_values comes from a call with other methods attached: continue under the same methods"
-            )
-        if new > 1:  # a continued conversation
-            since_prompt = _since_prompt(kwargs, cache, rows, new)
-            # generate cuts the ids by the cache's length, which pruning made shorter
-            input_ids = input_ids[:, -(since_prompt.shape[1] - cache.generated()) :]
-            ids, mask, positions = cache.continue_inputs(input_ids, since_prompt)
-            real = cache.mask
-        else:
-            ids, mask, positions = cache.step_inputs(input_ids)
-            real = cache.real(new)
-        own = ("pixel_values", "mm_encoder_outputs", "mm_token_type_ids", *self.encoder.arguments)
-        rest = {name: value for name, value in kwargs.items() if name not in own}
-        rest |= {"attention_mask": mask, "position_ids": positions}
-        context: Any = nullcontext()
-        if self.attention is not None:
-            start = torch.zeros_like(cache.next_position)
-            context = self.attention.running(Pass(real, cache.image_mask, start, cache, False, cache.sinks))
-        with context, cache.attached():
-            output = self.plain_forward(input_ids=ids, **rest)
-        parts = output.logits.split(rows)
-        logits = parts[0]
-        for method, negative in zip(self.contrasting, parts[1:], strict=True):
-            logits = method.logits(logits, negative)
-        output.logits = logits
-        for name in ("hidden_states", "attentions"):
-            if output.get(name) is not None and len(parts) > 1:
-                output[name] = tuple(tensor[:rows] for tensor in output[name])
-        return output
-
 
 def _has_images(kwargs: dict[str, Any]) -> bool:
     encoded = kwargs.get("mm_encoder_outputs") or {}  # generate passes {} along with plain text
     return kwargs.get("pixel_values") is not None or encoded.get("image") is not None
-
-
-def _since_prompt(kwargs: dict[str, Any], cache: BranchedCache, rows: int, new: int) -> Tensor:
-    """Mask (rows, T) of the columns after the prompt; generate leaves out a mask that hides nothing."""
-    given, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if given is not None:
-        columns = given.shape[1]
-    elif positions is not None and positions.ndim == 3 and len(positions) != 4:
-        # positions in time, height and width, which go on from those of the whole prompt
-        columns = int(positions[0, 0, -1]) + 1 + cache.full_length - int(cache.next_position[0])
-    elif positions is not None:
-        # of four kinds of position, the first is that in the text
-        columns = int(positions.flatten(0, -2)[0, -1]) + 1
-    else:
-        columns = cache.full_length + cache.generated() + new
-    seen = cache.generated()
-    unseen = min(new, max(1, columns - cache.full_length - seen))
-    if given is not None:
-        return given[:, -(seen + unseen) :]
-    return torch.ones(rows, seen + unseen, dtype=torch.long, device=cache.mask.device)

@@ -12,6 +12,9 @@ from lvlm_fix.interception import Interception, Proceed
 from lvlm_fix.kernels import cls_row
 from lvlm_fix.models.base import Family
 
+TOGETHER = 2**26
+"""Bytes of keys, at most, that wait to be scored together: one call for many layers costs as much as for one."""
+
 PROBES = 64
 """Query rows whose mean stands for the attention that a patch receives, in towers without a CLS token."""
 
@@ -19,8 +22,8 @@ PROBES = 64
 class TowerRecorder:
     """Stands beside the tower's attention, which runs as configured; no attention matrix is made.
 
-    With a CLS token its row is read. Without, the row of the tower's pooling query stands for all layers, and where
-    nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
+    With a CLS token its row is read, of as many layers at once as fit. Without, the row of the tower's pooling query
+    stands for all layers, and where nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -55,25 +58,45 @@ class TowerRecorder:
         self.pooled: list[Tensor] = []
         self.rows: list[list[Tensor]] = [[] for _ in range(self.count)]
         self.feature_rows: list[Tensor] = []
+        self.waiting: list[tuple[int, int, Tensor, Tensor]] = []
 
     def _attend(
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         index, mask = self.index[id(module)], args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        row = self._cls_row(query, key) if self.has_cls else _received(query, key, mask)
-        self.rows[index].extend(row)
-        if index == self.feature_layer:
-            full_width = self.has_cls and self.full_width
-            self.feature_rows.extend(self._cls_row(query, key, heads=1) if full_width else row)
+        if self.has_cls:
+            self._wait(index, query, key)
+        else:
+            row = _received(query, key, mask)
+            self.rows[index].extend(row)
+            if index == self.feature_layer:
+                self.feature_rows.extend(row)
         return proceed(module, query, key, *args, **kwargs)
+
+    def _wait(self, index: int, query: Tensor, key: Tensor) -> None:
+        """Keep a layer's CLS query (B, H, N + 1, D) and its keys until several layers are scored together."""
+        asking, asked = query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2)
+        if self.waiting:
+            first = self.waiting[0][-1]
+            alike = (first.shape, first.device) == (asked.shape, asked.device)
+            if not alike or (len(self.waiting) + 1) * asked.nbytes > TOGETHER:
+                self._score()
+        self.waiting.append((index, query.shape[1], asking, asked))
+
+    def _score(self) -> None:
+        """The CLS rows of the layers that wait."""
+        if not self.waiting:
+            return
+        indices, heads, queries, keys = zip(*self.waiting, strict=True)
+        rows = cls_row(torch.cat(queries), torch.cat(keys), heads[0]).split(len(keys[0]))
+        for index, row, query, key in zip(indices, rows, queries, keys, strict=True):
+            self.rows[index].extend(row)
+            if index == self.feature_layer:
+                self.feature_rows.extend(cls_row(query, key, 1) if self.full_width else row)
+        self.waiting.clear()
 
     def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
         self.pooled.extend(_pooled(module, *args[:2]))
-
-    @staticmethod
-    def _cls_row(query: Tensor, key: Tensor, heads: int | None = None) -> Tensor:
-        heads = query.shape[1] if heads is None else heads
-        return cls_row(query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2), heads)
 
     def crops(self) -> list[Tensor]:
         """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last."""
@@ -81,6 +104,7 @@ class TowerRecorder:
             found = [row.expand(self.count + 1, -1) for row in self.pooled]
             self.clear()
             return found
+        self._score()
         if not self.feature_rows or len({len(rows) for rows in self.rows}) != 1:
             raise RuntimeError(
                 "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "

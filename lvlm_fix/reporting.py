@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lvlm_fix.attention import Pass
 from lvlm_fix.encoding import Encoded
 from lvlm_fix.methods.base import Method
 from lvlm_fix.packed_layer import PackedLayer
+
+
+@dataclass
+class Gate:
+    """For how many of the tokens so far a contrast ran, by prompt; rows of a batch that have ended are counted on."""
+
+    ran: Tensor
+    tokens: int = 0
+
+    def count(self, ran: Tensor) -> None:
+        self.ran, self.tokens = self.ran + ran, self.tokens + 1
+
+    def entry(self, prompt: int) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "tokens": lambda: self.tokens,
+            "contrasted": lambda: int(self.ran[prompt]),
+        }
 
 
 class Report:
@@ -24,10 +44,17 @@ class Report:
         self.entries: dict[str, list[dict[str, Any]]] = {method.name: [] for method in methods}
         self.copies = 1
         self.prompts: dict[int, int] = {}
+        self.gates: dict[str, Gate] = {}
 
-    def begin(self, images: list[Encoded], rows: list[int]) -> None:
-        """Learn in which row each image stands; an image that stands in several is there for as many beams."""
-        self.copies = max(1, sum(image is images[0] for image in images))
+    def begin(self, images: list[Encoded], rows: list[int], copies: int | None = None) -> None:
+        """Learn in which row each image stands.
+
+        Args:
+            images, rows: the images in reading order, and the row of each.
+            copies: how often `generate` repeats a prompt, for beams or several answers; None where it is not known:
+                an image that stands in several rows is then there for as many beams.
+        """
+        self.copies = copies or max(1, sum(image is images[0] for image in images))
         for image, row in zip(images, rows, strict=True):
             self.prompts.setdefault(id(image), row // self.copies)
 
@@ -37,12 +64,24 @@ class Report:
 
     def attention(self, methods: Sequence[Method], this: Pass) -> None:
         """What the decoder's stages told in a prefill of the positive branch."""
+        held = _bytes(this)
         for prompt in range(len(this.real) // self.copies):
             row = prompt * self.copies
             for method in methods:
                 told = this.told.get(method.name)
                 if told:
-                    self.entries[method.name].append(_of_row(told, row, prompt, this))
+                    self.entries[method.name].append(_of_row(told, row, prompt, this, held))
+
+    def contrasted(self, method: Method, unsure: Tensor) -> None:
+        """Note for which rows (R,) of one more token the contrast ran; beams of a prompt count as one."""
+        known = self.gates.get(method.name)
+        if known is not None and len(unsure) != len(known.ran) * self.copies:
+            return  # rows of the cache were chosen or repeated since: whose they are is not told
+        ran = unsure.unflatten(0, (-1, self.copies)).any(1)
+        if method.name not in self.gates:
+            gate = self.gates[method.name] = Gate(torch.zeros_like(ran, dtype=torch.long))
+            self.entries[method.name] += [gate.entry(prompt) for prompt in range(len(ran))]
+        self.gates[method.name].count(ran)
 
     def plain(self) -> dict[str, list[dict[str, Any]]]:
         return {
@@ -51,20 +90,38 @@ class Report:
         }
 
 
-def _of_row(told: list[tuple[int, dict[str, Tensor]]], row: int, prompt: int, this: Pass) -> dict[str, Any]:
+def _of_row(
+    told: list[tuple[int, dict[str, Tensor]]], row: int, prompt: int, this: Pass, held: dict[str, Tensor]
+) -> dict[str, Any]:
     entry: dict[str, Any] = {"prompt": prompt, "layers": [layer for layer, _ in told]}
     for key in told[0][1]:
         entry[key] = functools.partial(_by_layer, [values[key][row] for _, values in told])
     if "sinks" in entry:
-        image = this.image_mask[row]
-        entry["image_sinks"] = functools.partial(
-            _by_layer, [values["sinks"][row][image.to(values["sinks"].device)] for _, values in told]
-        )
-    packed = [layer for layer in (this.cache.layers if this.cache else []) if isinstance(layer, PackedLayer)]
-    if packed and "ratios" in entry:
-        entry["bytes"] = sum(layer.nbytes for layer in packed) // len(this.real)
-        entry["full_bytes"] = sum(layer.full_nbytes for layer in packed) // len(this.real)
+        # By number among the row's own tokens, and among those of its images: padding counts nowhere.
+        for name, among in (("sinks", this.real[row]), ("image_sinks", this.image_mask[row])):
+            entry[name] = functools.partial(_among, [values["sinks"][row] for _, values in told], among)
+    if "ratios" in entry:
+        entry |= {name: functools.partial(int, count[row]) for name, count in held.items()}
     return entry
+
+
+def _bytes(this: Pass) -> dict[str, Tensor]:
+    """Of each row (R,): bytes of its tokens in packed layers, and of all of them as they were; {} without such layers.
+
+    Now, for these layers will hold more; on the device, since nobody may ask.
+    """
+    packed = [layer for layer in (this.cache.layers if this.cache else []) if isinstance(layer, PackedLayer)]
+    if not packed:
+        return {}
+    rows, columns = this.real.shape
+    full = sum(layer.full_nbytes for layer in packed) // (rows * columns)
+    held = [layer.nbytes_by_row().to(this.real.device) for layer in packed]
+    return {"bytes": torch.stack(held).sum(0), "full_bytes": this.real.sum(1) * full}
+
+
+def _among(masks: list[Tensor], among: Tensor) -> list[list[int]]:
+    """Where each mask (T,) is True, counted over the columns that `among` (T,) has."""
+    return _by_layer([mask[among.to(mask.device)] for mask in masks])
 
 
 def _by_layer(values: list[Tensor]) -> list[Any]:

@@ -115,9 +115,9 @@ def find_sink_dims(model: Any, *, picture: str | Path | None = None, use_cache: 
     return found
 
 
-def threshold_at(width: int) -> float:
-    """`TAU` for a decoder of this width: |x| / rms(x) cannot pass the root of the width."""
-    return TAU * min(1.0, (width / 4096) ** 0.5)
+def threshold_at(width: int, tau: float = TAU) -> float:
+    """`tau` for a decoder of this width: |x| / rms(x) cannot pass the root of the width."""
+    return tau * min(1.0, (width / 4096) ** 0.5)
 
 
 def massive_dims(profile: Tensor, over_median: Tensor, over_others: Tensor, threshold: float) -> list[int]:

@@ -24,6 +24,7 @@ class Slot:
     value: torch.Tensor
     image: bool
     sink: bool
+    packed: bool = False
 
 
 @dataclass
@@ -32,6 +33,7 @@ class State:
 
     layers: list[list[Slot]] = field(default_factory=list)
     next_position: int = 0
+    appended: int = 0
     kinds_of_position: int = 1
     kept: list[int] = field(default_factory=list)
     sinks: list[list[int]] = field(default_factory=list)
@@ -76,8 +78,11 @@ class SlowDecoder:
             state.layers.append(slots if zipvl is None else pack(slots, important, zipvl))
         return self.lm_head(self.decoder.norm(x[-1:]))[0], state
 
-    def step(self, embedding, state, var=None):
+    def step(self, embedding, state, var=None, zipvl=None):
         """Logits after one more token (C,)."""
+        if zipvl is not None and state.appended and state.appended % 64 == 0:
+            state.layers = [pack_newest(slots, zipvl) for slots in state.layers]
+        state.appended += 1
         position, x = torch.full((state.kinds_of_position, 1), state.next_position), embedding[None]
         state.next_position += 1
         for index, layer in enumerate(self.decoder.layers):
@@ -179,14 +184,27 @@ def pack(slots, important, zipvl):
     kept = []
     for bits, wanted in ((zipvl.bits, True), (zipvl.low_bits, False)):
         group = [slots[t] for t in range(split) if important[t] == wanted]
-        if not group or (zipvl.evict and not wanted):
-            continue
-        keys = torch.stack([slot.key for slot in group], dim=1)[None]
-        values = torch.stack([slot.value for slot in group], dim=1)[None]
-        keys = dequantize_kv(quantize_kv(keys, bits, dim=-2))[0]
-        values = dequantize_kv(quantize_kv(values, bits, dim=-1, channel_normalize=True))[0]
-        kept += [Slot(keys[:, i], values[:, i], slot.image, slot.sink) for i, slot in enumerate(group)]
+        if not (zipvl.evict and not wanted):
+            kept += packed(group, bits)
     return kept + slots[split:]
+
+
+def pack_newest(slots, zipvl):
+    """The same after 64 further tokens: what was not packed yet is, but for the window."""
+    tail = [slot for slot in slots if not slot.packed]
+    split = max(len(tail) - zipvl.window, 0)
+    return [slot for slot in slots if slot.packed] + packed(tail[:split], zipvl.bits) + tail[split:]
+
+
+def packed(group, bits):
+    """Slots as they come back from being packed together."""
+    if not group:
+        return []
+    keys = torch.stack([slot.key for slot in group], dim=1)[None]
+    values = torch.stack([slot.value for slot in group], dim=1)[None]
+    keys = dequantize_kv(quantize_kv(keys, bits, dim=-2))[0]
+    values = dequantize_kv(quantize_kv(values, bits, dim=-1, channel_normalize=True))[0]
+    return [Slot(keys[:, i], values[:, i], slot.image, slot.sink, True) for i, slot in enumerate(group)]
 
 
 def best(scores, count):
@@ -231,8 +249,13 @@ class Conversation:
 
     def say(self, embedding):
         """Logits after one more word."""
-        self.logits = self._joined([self.decoder.step(embedding, state, self.var) for state in self.states])
+        self.logits = self._joined(
+            [self.decoder.step(embedding, state, self.var, self.zipvl) for state in self.states]
+        )
         return self.logits
 
     def _joined(self, logits):
-        return logits[0] if self.damro is None else contrasted(logits[0], logits[1], self.damro)
+        if self.damro is None:
+            return logits[0]
+        sure = self.damro.gate is not None and logits[0].softmax(-1).max() >= self.damro.gate
+        return contrasted(logits[0], logits[0] if sure else logits[1], self.damro)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers.cache_utils import DynamicLayer
 
 from lvlm_fix import DAMRO, VAR, VTCCLS, AttachError, PromptError, UnsupportedModelError, ZipVL, attach, load
 from lvlm_fix.models.base import Family, layer_from
@@ -341,12 +342,49 @@ def test_a_picture_after_cached_text_is_refused(random_llava, question):
         model(**question, past_key_values=cache)
 
 
-def test_a_cache_made_with_other_methods_is_refused(random_llava, question):
+@pytest.mark.parametrize(
+    ("before", "after"), [(PRUNE, CONTRAST), (ZipVL(), PRUNE), (ZipVL(), VAR(sink_dims=(1,)))], ids=repr
+)
+def test_a_cache_made_with_other_methods_is_refused(random_llava, question, before, after):
     model, _ = random_llava
-    with attach(model, PRUNE):
+    with attach(model, before):
         first = says(model, question, return_dict_in_generate=True)
-    with attach(model, CONTRAST), pytest.raises(PromptError, match="continue under the same methods"):
+    with attach(model, after), pytest.raises(PromptError, match="made under other methods"):
         model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("fix", [VAR(sink_dims=(1,)), CONTRAST, PRUNE, ZipVL()], ids=lambda fix: fix.name)
+def test_the_callers_own_cache_is_refused_once_it_was_taken_over(random_llava, question, fix):
+    model, _ = random_llava
+    own = DynamicCache(config=model.config.text_config)
+    with attach(model, fix):
+        first = says(model, question, past_key_values=own)
+        whole = {"input_ids": first, "attention_mask": torch.ones_like(first)}
+        with pytest.raises(PromptError, match="took this KV cache over"):
+            says(model, whole, past_key_values=own)
+
+
+def test_a_cache_that_does_not_just_grow_is_refused(random_llava, question):
+    model, _ = random_llava
+    other = Cache(layer_class_to_replicate=DynamicLayer)
+    with (
+        attach(model, PRUNE),
+        pytest.raises(PromptError, match="empty DynamicCache that stays on its device"),
+    ):
+        model(**question, past_key_values=other)
+
+
+def test_what_scores_no_pictures_is_refused(random_llava):
+    with pytest.raises(AttachError, match="Linear scores no pictures"):
+        attach(random_llava[0], PRUNE, scores=torch.nn.Linear(1, 1))
+
+
+def test_a_part_that_transformers_calls_otherwise_is_named(small):
+    layer = small.model.language_model.layers[1]
+    layer.attention = layer.self_attn
+    del layer.self_attn
+    with pytest.raises(UnsupportedModelError, match=r"this LLaVA-1.5 model: .*'self_attn'; it assumes"):
+        attach(small, VAR(sink_dims=(1,)))
 
 
 @pytest.mark.parametrize("fix", [(PRUNE,), (CONTRAST,), (ZipVL(),)], ids=lambda fix: fix[0].name)

@@ -27,9 +27,12 @@ PRUNE, CONTRAST = VTCCLS(keep=40, start_layer=0), DAMRO(alpha=1.0, beta=0.01, to
 # The models have no sinks of their own: thresholds low enough that some image tokens count as such.
 MOVE = VAR(p=0.9, rho=0.05, min_image_attention=0.05, tau=9.0, first_layer=1, sink_dims=(39, 20))
 PACK = ZipVL(tau=0.8, recent=12, random=20, window=6)
+# Some words of both models are surer than that, and some are not.
+GATED = replace(CONTRAST, gate=0.6)
 FIXES = {
     "vtc_cls": (PRUNE,),
     "damro": (CONTRAST,),
+    "gated damro": (GATED,),
     "var": (MOVE,),
     "zipvl": (PACK,),
     "vtc_cls damro": (PRUNE, CONTRAST),
@@ -37,7 +40,7 @@ FIXES = {
     "all": (PRUNE, CONTRAST, MOVE, PACK),
 }
 # What VAR and ZipVL do to a prompt, its answer and a further question is not what they do to all of it as one prompt.
-WITHOUT_MEMORY = {name: FIXES[name] for name in ("vtc_cls", "damro", "vtc_cls damro")}
+WITHOUT_MEMORY = {name: FIXES[name] for name in ("vtc_cls", "damro", "gated damro", "vtc_cls damro")}
 TOLERANCE = 1e-4
 SHORT, LONG = "What is in the image?", "Is there a fork in the image? Is there a traffic light in the image?"
 
@@ -165,11 +168,13 @@ def worst_difference(model, processor, fix, rows, ask, record_property, steps=5)
     [
         (PRUNE,),
         (CONTRAST,),
+        (GATED,),
         (MOVE,),
         (PRUNE, CONTRAST),
         (MOVE, CONTRAST, PRUNE),
+        (MOVE, GATED, PRUNE),
     ],
-    ids=lambda fix: " ".join(method.name for method in fix),
+    ids=lambda fix: " ".join("gated" if method is GATED else method.name for method in fix),
 )
 def test_logits_equal_the_slow_way_at_every_step(llava, fix, batch, batches, ask, record_property):
     assert worst_difference(*llava, fix, batches[batch], ask, record_property) < TOLERANCE
@@ -254,6 +259,21 @@ def test_a_padded_batch_says_what_its_rows_say_alone(embedded, fix, batch, optio
     assert all(together)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "fix", [(CONTRAST,), (GATED,), (MOVE, CONTRAST, PRUNE)], ids=["damro", "gated", "three"]
+)
+def test_a_row_without_pictures_is_plain_beside_one_with(llava, fix, batches, ask):
+    model, processor = llava
+    rows = batches["a row with no picture"]
+    options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    beside = run(model, fix, ask(processor, *rows), **options).logits
+    plain = run(model, (), ask(processor, *rows), **options).logits
+    for ours, theirs in zip(beside, plain, strict=True):
+        assert largest_difference(ours[1], theirs[1]) < TOLERANCE
+    assert beside[0][0].isinf().any()
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generating_without_a_cache_says_the_same(llava, forgetful_fix, options, batches, ask):
     model, processor = llava
@@ -319,9 +339,10 @@ def test_returned_ids_begin_with_the_prompt_as_passed(llava, fix, options, batch
     [
         (VTCCLS(keep=144, start_layer=0),),
         (DAMRO(alpha=0, beta=0),),
+        (DAMRO(alpha=3, beta=0, gate=0),),
         (VTCCLS(keep=1000, start_layer=0), DAMRO(alpha=0, beta=0, topk=3)),
     ],
-    ids=["all tokens kept", "no contrast", "both"],
+    ids=["all tokens kept", "no contrast", "always sure", "both"],
 )
 def test_methods_set_to_nothing_are_the_plain_model(llava, nothing, batch, batches, ask):
     model, processor = llava

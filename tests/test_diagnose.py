@@ -447,13 +447,14 @@ def test_planted_premises_are_not_warned_of(model, embedded, ask, halves):
     assert names == ["vtc_cls"]
 
 
-def test_the_first_prompt_with_a_picture_counts(embedded, inputs, ask):
+@pytest.mark.parametrize("method", [DAMRO(), ZipVL()], ids=["damro", "zipvl"])
+def test_the_first_prompt_with_a_picture_counts(embedded, inputs, ask, method):
     model, processor = embedded
-    with premise_warnings() as names, attach(model, DAMRO()):
+    with premise_warnings() as names, attach(model, method):
         says(model, ask(processor, ([], "What is in the image?")))
         assert names == []
         says(model, inputs)
-    assert names == ["damro"]
+    assert names == [method.name]
 
 
 def test_a_wrapper_warns_once_for_all_that_it_is_asked(embedded, sample_pictures):

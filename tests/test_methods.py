@@ -77,7 +77,7 @@ def test_damro_is_read_as_it_is_written(alpha, beta, topk):
     assert parse(f"damro(topk={topk}, alpha={alpha!r},beta={beta!r})") == [method]
 
 
-@given(keep=st.floats(1e-6, 1e6), start_layer=st.integers(-50, 50))
+@given(keep=st.floats(1e-6, 1) | st.integers(1, 10**6), start_layer=st.integers(-50, 50))
 def test_vtc_cls_is_read_as_it_is_written(keep, start_layer):
     method = VTCCLS(keep=keep, start_layer=start_layer)
     assert parse(f"vtc_cls(keep={keep!r}, start_layer={start_layer})") == [method]
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_refused_in_words(text, message):
     ],
 )
 def test_damro_refuses_values_out_of_range(arguments):
-    with pytest.raises(ValueError, match=r"DAMRO\(.*alpha must be at least 0, beta in 0..1 and topk"):
+    with pytest.raises(ValueError, match=r"DAMRO\(.*alpha must be at least 0, beta and gate in 0..1 and topk"):
         DAMRO(**arguments)
 
 

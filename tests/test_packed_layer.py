@@ -36,7 +36,7 @@ class SlowRow:
     """One row in lists: {column: (key, value)}, (heads, width) each. What it takes is packed and unpacked at once."""
 
     def __init__(self, keys, values, important, real, bits=4, low_bits=2, window=32, evict=False):
-        self.bits, self.window, self.length, self.appended = bits, window, keys.shape[1], 0
+        self.bits, self.window, self.prompt, self.length, self.due = bits, window, *[keys.shape[1]] * 2, GROUP
         old = [t for t in range(max(self.length - window, 0)) if real[t]]
         self.held = {t: (keys[:, t], values[:, t]) for t in range(self.length) if real[t]}
         self.packed = set(old)
@@ -59,12 +59,15 @@ class SlowRow:
         for i, t in enumerate(chosen):
             self.held[t] = keys[:, i], values[:, i]
 
-    def append(self, key, value):
-        self.held[self.length] = key, value
-        self.length, self.appended = self.length + 1, self.appended + 1
-        if self.appended % GROUP == 0:
-            older = [t for t in sorted(self.held) if t < self.length - self.window and t not in self.packed]
-            self._pack(older, self.bits)
+    def append(self, keys, values):
+        """The tokens (heads, Q, width) of one call: they see each other, and what is older, at full size."""
+        while self.length >= self.prompt + self.due:
+            old = self.prompt + self.due - self.window
+            self._pack([t for t in sorted(self.held) if t < old and t not in self.packed], self.bits)
+            self.due += GROUP
+        for t in range(keys.shape[1]):
+            self.held[self.length] = keys[:, t], values[:, t]
+            self.length += 1
 
 
 def slow_rows(keys, values, important, real, **settings):
@@ -73,8 +76,7 @@ def slow_rows(keys, values, important, real, **settings):
 
 def append(slow, keys, values):
     for row, key, value in zip(slow, keys, values, strict=True):
-        for t in range(key.shape[1]):
-            row.append(key[:, t], value[:, t])
+        row.append(key, value)
 
 
 def by_column(layer, keys, values):
@@ -89,7 +91,7 @@ def by_column(layer, keys, values):
 
 
 def now(layer):
-    """The layer's content, without appending anything."""
+    """The layer's content as the next call meets it, without appending anything."""
     rows, heads, _, width = layer.keys.shape
     nothing = torch.empty(rows, heads, 0, width, dtype=layer.dtype)
     return by_column(layer, *layer.update(nothing, nothing))
@@ -206,15 +208,63 @@ def test_long_generations_are_packed_64_at_a_time(length, window, steps):
         append(slow, *part)
         done += count
         assert layer.get_seq_length() == length + done
-        assert layer.keys.shape[2] < window + GROUP
+        assert layer.keys.shape[2] < window + GROUP + count
         assert_same(by_column(layer, *returned), [row.held for row in slow])
+        tail = slice(-count, None)
+        assert all(
+            torch.equal(x[:, :, tail], y) for x, y in zip((layer.keys, layer.values), part, strict=True)
+        )
+        assert layer.columns[:, tail].tolist() == [list(range(length + done - count, length + done))] * 2
+    append(slow, *(x[:, :, :0] for x in new))
+    assert_same(now(layer), [row.held for row in slow])
+    assert layer.keys.shape[2] < window + GROUP
     assert layer.nbytes < layer.full_nbytes
+
+
+@pytest.mark.parametrize("before", [0, 40, 100])
+def test_a_later_token_of_a_call_changes_no_earlier_slot(before):
+    """Nor does it move one behind the tokens that see it: the last slots are the call's own, in their order."""
+    batch, first, new = prompt(2, 60, pads=[0, 50]), tokens(2, before, seed=3), tokens(2, 100)
+    later = [torch.cat([x[:, :, :25], 9 * x[:, :, 25:]], dim=2) for x in new]
+    found = []
+    for part in (new, later):
+        layer = PackedLayer.compress(*batch, window=8)
+        layer.update(*first)
+        found.append(layer.update(*part))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours[:, :, :-75], theirs[:, :, :-75])
+    assert layer.columns[:, -100:].tolist() == [list(range(60 + before, 160 + before))] * 2
+
+
+def test_empty_slots_come_before_a_groups_tokens():
+    layer = PackedLayer.compress(*prompt(3, 60, pads=[0, 30, 60]), window=8)
+    for group in layer.groups:
+        filled = group.places[:, 0, :, 0] != torch.iinfo(torch.int32).min
+        assert filled.any() and not filled.all()
+        assert torch.equal(filled, filled.sort(dim=1).values)
+
+
+def test_bytes_by_row_are_those_of_the_row_alone():
+    batch, new = prompt(4, 70, pads=[0, 20, 55, 66]), tokens(4, 90)
+    layer = PackedLayer.compress(*batch, window=8)
+    for count in (40, 50):
+        layer.update(*(x[:, :, :count] for x in new))
+        now(layer)
+    for row, pad in enumerate([0, 20, 55, 66]):
+        one = slice(row, row + 1)
+        own = [x[one, ..., pad:, :] for x in batch[:2]] + [mask[one, pad:] for mask in batch[2:]]
+        alone = PackedLayer.compress(*own, window=8)
+        for count in (40, 50):
+            alone.update(*(x[one, :, :count] for x in new))
+            now(alone)
+        assert layer.nbytes_by_row()[row] == alone.nbytes == alone.nbytes_by_row().item()
 
 
 def test_generated_tokens_shrink_in_memory():
     layer = PackedLayer.compress(*prompt(1, 40, dtype=torch.float16, heads=4, width=64))
     start = layer.nbytes
     layer.update(*tokens(1, 64 * 20, dtype=torch.float16, heads=4, width=64))
+    now(layer)
     assert layer.nbytes - start < 0.35 * (layer.full_nbytes - 40 * 4 * 64 * 2 * 2)
 
 
@@ -420,6 +470,12 @@ def test_layers_that_do_not_fit_together_are_refused():
         PackedLayer.stack([layer, PackedLayer()])
     ahead = PackedLayer.compress(*prompt(1, 40))
     ahead.update(*tokens(1, 1))
+    packed = [PackedLayer.compress(*prompt(1, 40)) for _ in range(2)]
+    for one, counts in zip(packed, ((64,), (64, 0)), strict=True):
+        for count in counts:
+            one.update(*tokens(1, count))
+    with pytest.raises(ValueError, match="of those packed"):
+        PackedLayer.stack(packed)
     others = [
         PackedLayer.compress(*prompt(1, 40), window=8),
         PackedLayer.compress(*prompt(1, 40, width=4)),

@@ -83,6 +83,10 @@ class Method:
         """What holds the layer's keys and values after the prefill, a transformers cache layer; None for the plain."""
         return None
 
+    def unsure(self, logits: Tensor) -> Tensor | None:
+        """Rows (B,) bool whose next token, of logits (B, V), needs the negative branch; None runs it always."""
+        return None
+
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
         """Next-token logits (B, V) from the positive and this method's negative branch."""
         return logits

@@ -23,16 +23,20 @@ class DAMRO(Method):
     in large towers lie in the background. What that branch believes as firmly as the whole image does is taken for
     hallucination.
 
+    `gate`, which is ours, spares the negative branch where the most likely token has at least that probability. From
+    1 / (1 + beta) on it changes no answer: the plausibility cut leaves no other token there, whatever that branch says.
+
     Raises:
-        ValueError: `alpha` is negative, `beta` is outside 0..1, or `topk` is below 1.
+        ValueError: `alpha` is negative, `beta` or `gate` is outside 0..1, or `topk` is below 1.
 
     >>> DAMRO.for_model("llava-1.5", task="captions")
-    DAMRO(alpha=2.0, beta=0.1, topk=10)
+    DAMRO(alpha=2.0, beta=0.1, topk=10, gate=None)
     """
 
     alpha: float = 0.5  # strength of the contrast
     beta: float = 0.1  # plausibility cut-off, relative to the most likely token
     topk: int = 10  # outlier tokens of each crop of an image in the negative branch
+    gate: float | None = None  # probability from which on nothing is contrasted; None: always contrast
 
     name: ClassVar[str] = "damro"
     paper: ClassVar[str] = "arXiv 2410.04514"
@@ -43,8 +47,11 @@ class DAMRO(Method):
 
     def __post_init__(self) -> None:
         whole = self.topk >= 1 and self.topk % 1 == 0
-        if not (0 <= self.alpha < math.inf and 0 <= self.beta <= 1 and whole):
-            raise ValueError(f"{self}: alpha must be at least 0, beta in 0..1 and topk a whole number from 1")
+        shares = 0 <= self.beta <= 1 and (self.gate is None or 0 <= self.gate <= 1)
+        if not (0 <= self.alpha < math.inf and shares and whole):
+            raise ValueError(
+                f"{self}: alpha must be at least 0, beta and gate in 0..1 and topk a whole number from 1"
+            )
 
     def negative_tokens(self, vision: VisionEncoding) -> Tensor:
         scores = vision.feature_scores
@@ -55,6 +62,9 @@ class DAMRO(Method):
             tokens.append(own[outlier_tokens(scores[own][None], min(self.topk, len(own)))[0]])
         tokens.append((crops < 0).nonzero()[-1:, 0])  # a picture cut in crops ends with a newline token
         return torch.cat(tokens).sort().values  # in raster order, as in the prompt
+
+    def unsure(self, logits: Tensor) -> Tensor | None:
+        return None if self.gate is None else logits.float().softmax(-1).amax(-1) < self.gate
 
     def logits(self, logits: Tensor, negative: Tensor) -> Tensor:
         return contrast(logits.to(torch.float32), negative.to(torch.float32), self.alpha, self.beta)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from lvlm_fix.functional import image_centric_heads, sink_tokens
 from lvlm_fix.kernels import Redistribution
 from lvlm_fix.methods.base import AttentionStep, Method
@@ -57,7 +59,9 @@ class VAR(Method):
 
     def threshold(self, width: int) -> float:
         """`tau` for a decoder of this width."""
-        return self.tau * min(1.0, (width / 4096) ** 0.5)
+        from lvlm_fix.sinks import threshold_at
+
+        return threshold_at(width, self.tau)
 
     def attention(self, step: AttentionStep) -> AttentionStep:
         if not self.first_layer <= step.layer < step.layers - 1 or not self.sink_dims:
@@ -80,11 +84,9 @@ class VAR(Method):
 
     def _tell(self, step: AttentionStep, sinks: Any) -> AttentionStep:
         """Report the sinks, and which heads are image-centric for the prompt's last token: one query row a head."""
-        groups = step.query.shape[1] // step.key.shape[1]
-        logits = step.query[:, :, -1:].float() @ step.key.repeat_interleave(groups, dim=1).float().mT
-        logits = logits * (step.query.shape[-1] ** -0.5 if step.scale is None else step.scale)
-        weights = logits.masked_fill(~step.real[:, None, None], float("-inf")).softmax(-1)
-        heads = image_centric_heads(weights, step.image_mask, sinks, self.rho, self.min_image_attention)
+        heads = image_centric_heads(
+            last_row(step), step.image_mask, sinks, self.rho, self.min_image_attention
+        )
         return replace(step, told={"sinks": sinks, "heads": heads[..., 0]})
 
     @classmethod
@@ -101,3 +103,11 @@ class VAR(Method):
                 f"{', '.join(rho)}"
             )
         return cls(rho=rho[task])
+
+
+def last_row(step: AttentionStep) -> Tensor:
+    """Attention (R, H, 1, T) of the prompt's last token."""
+    groups = step.query.shape[1] // step.key.shape[1]
+    logits = step.query[:, :, -1:].float() @ step.key.repeat_interleave(groups, dim=1).float().mT
+    logits = logits * (step.query.shape[-1] ** -0.5 if step.scale is None else step.scale)
+    return logits.masked_fill(~step.real[:, None, None], float("-inf")).softmax(-1)

@@ -18,12 +18,12 @@ from lvlm_fix.vision import VisionEncoding
 class VTCCLS(Method):
     """Keep the image tokens that the tower's CLS token attends to, over several layers (arXiv 2412.05819).
 
-    `keep` is a number of tokens per image, or, below 1, a fraction of them; newline tokens do not count, and stay
-    where something of their row does. The paper keeps 64, 128 or 192 of 576
-    and tunes `start_layer` by model and budget; the default here, the three layers before the last, is ours.
+    `keep` is a number of tokens per image, or, as a float up to 1.0, a fraction of them; newline tokens do not count,
+    and stay where something of their row does. The paper keeps 64, 128 or 192 of 576 and tunes `start_layer` by model
+    and budget; the default here, the three layers before the last, is ours.
 
     Raises:
-        ValueError: `keep` is not positive.
+        ValueError: `keep` is not positive, or a part of a token.
 
     >>> VTCCLS(keep=64).stages()
     ('select',)
@@ -36,18 +36,26 @@ class VTCCLS(Method):
     paper: ClassVar[str] = "arXiv 2412.05819"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < math.inf:
-            raise ValueError(f"{self}: keep must be a positive number of tokens, or a fraction below 1")
+        if not 0 < self.keep < math.inf or (self.keep > 1 and self.keep % 1):
+            raise ValueError(
+                f"{self}: keep must be a positive number of tokens, whole from 1 on, or a fraction up to 1.0"
+            )
+
+    def count(self, tokens: int) -> int:
+        """How many of an image's tokens stay.
+
+        >>> VTCCLS(keep=1.0).count(576), VTCCLS(keep=1).count(576), VTCCLS(keep=0.25).count(576)
+        (576, 1, 144)
+        """
+        part = isinstance(self.keep, float) and self.keep <= 1
+        return min(max(round(self.keep * tokens) if part else int(self.keep), 1), tokens)
 
     def select(self, vision: VisionEncoding) -> Tensor:
         scored = torch.ones_like(vision.feature_scores, dtype=torch.bool)
         if vision.crops is not None:
             scored = vision.crops >= 0
         own = scored.nonzero()[:, 0]
-        keep = round(self.keep * len(own)) if self.keep < 1 else int(self.keep)
-        best = select_by_cls(
-            vision.layer_scores[:, None, own], min(max(keep, 1), len(own)), self.start_layer
-        )[0]
+        best = select_by_cls(vision.layer_scores[:, None, own], self.count(len(own)), self.start_layer)[0]
         kept = torch.zeros_like(scored).index_fill(0, own[best], True)
         return (kept | _newlines(scored, kept)).nonzero()[:, 0]
 

@@ -59,6 +59,7 @@ class ZipVL(Method):
         positions = step.shared.get(self)
         if positions is None:  # the same probes in every layer
             positions = step.shared[self] = self.probes(step.real)
+        positions = positions.to(step.query.device)  # layers may be on several
         index = positions[:, None, :, None].expand(-1, step.query.shape[1], -1, step.query.shape[-1])
         scores, normalised = probe_scores(
             step.query.gather(2, index), step.key, positions, step.scale, step.real

@@ -131,7 +131,7 @@ class Family(ABC):
             context: the arguments of `get_image_features`, and under `result` what it returned.
             image: the image's place among those encoded together.
         """
-        return features[indices], indices
+        return features[indices.to(features.device)], indices
 
     # -- decoder
 
