@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from lvlm_fix.errors import PromptError
+from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.recorder import TowerRecorder
 from lvlm_fix.vision import VisionEncoding
@@ -49,10 +50,13 @@ class Encoded:
 class ImageEncoder:
     """Stands in for a model's `get_image_features` and keeps what was said beside the features."""
 
-    def __init__(self, model: Any, family: Family, reads_scores: bool, companion: Companion | None) -> None:
-        self.model, self.family, self.reads_scores = model, family, reads_scores
+    def __init__(
+        self, model: Any, family: Family, scoring: Sequence[Method], companion: Companion | None
+    ) -> None:
+        """Prepare; `scoring` are the methods that read scores of image tokens."""
+        self.model, self.family, self.reads_scores = model, family, bool(scoring)
         self.companion = companion
-        self.recorder = TowerRecorder(model, family) if reads_scores and companion is None else None
+        self.recorder = TowerRecorder(model, family, scoring) if scoring and companion is None else None
         self.plain: Callable = family.encoder(model).get_image_features
         self.signature = inspect.signature(self.plain)
         self.arguments = tuple(self.signature.parameters)

@@ -65,7 +65,8 @@ class Pipeline:
         self.cache_name = cache_name(family.generator(model))
         stages = {stage for method in methods for stage in method.stages()}
         self.packs_cache = "cache" in stages
-        self.encoder = ImageEncoder(model, family, bool({"select", "negative_tokens"} & stages), companion)
+        scoring = [method for method in methods if {"select", "negative_tokens"} & set(method.stages())]
+        self.encoder = ImageEncoder(model, family, scoring, companion)
         attends = bool({"attention", "cache"} & stages)
         self.attention = MethodAttention(model, family, methods) if attends else None
         self.step = Stepper(plain_forward, methods, self.attention)

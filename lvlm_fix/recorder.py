@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lvlm_fix.interception import Interception, Proceed
 from lvlm_fix.kernels import cls_row
+from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 
 TOGETHER = 2**26
@@ -26,7 +28,7 @@ class TowerRecorder:
     stands for all layers, and where nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, scoring: Sequence[Method]) -> None:
         self.pooling = None if family.has_cls else family.pooling_attention(model)
         without_cls = (
             f"received attention, mean over {PROBES} query rows"
@@ -37,6 +39,9 @@ class TowerRecorder:
         self.has_cls, self.full_width = family.has_cls, family.full_width
         layers = family.tower_attention(model)
         self.count, self.feature_layer = len(layers), family.feature_layer(model)
+        wanted = {layer for method in scoring for layer in method.scored_layers(self.count)}
+        # What no method asks for is not read: a row costs little, but there are as many as layers.
+        self.read = wanted | {self.feature_layer}
         self.index = {id(layer): index for index, layer in enumerate(layers)}
         self.interception = Interception(layers, self._attend)
         self.hook: RemovableHandle | None = None
@@ -64,6 +69,8 @@ class TowerRecorder:
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         index, mask = self.index[id(module)], args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if index not in self.read:
+            return proceed(module, query, key, *args, **kwargs)
         if self.has_cls:
             self._wait(index, query, key)
         else:
@@ -75,7 +82,8 @@ class TowerRecorder:
 
     def _wait(self, index: int, query: Tensor, key: Tensor) -> None:
         """Keep a layer's CLS query (B, H, N + 1, D) and its keys until several layers are scored together."""
-        asking, asked = query[:, :, :1].transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2)
+        # A copy: what is kept must not keep all queries.
+        asking, asked = query[:, :, 0].flatten(1)[:, None].clone(), key.transpose(1, 2).flatten(2)
         if self.waiting:
             first = self.waiting[0][-1]
             alike = (first.shape, first.device) == (asked.shape, asked.device)
@@ -99,18 +107,25 @@ class TowerRecorder:
         self.pooled.extend(_pooled(module, *args[:2]))
 
     def crops(self) -> list[Tensor]:
-        """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last."""
+        """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last.
+
+        Layers that no method reads are NaN.
+        """
         if self.pooled:
             found = [row.expand(self.count + 1, -1) for row in self.pooled]
             self.clear()
             return found
         self._score()
-        if not self.feature_rows or len({len(rows) for rows in self.rows}) != 1:
+        if not self.feature_rows or len({len(self.rows[layer]) for layer in self.read}) != 1:
             raise RuntimeError(
                 "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "
                 "interface once for each crop"
             )
-        found = [torch.stack(rows) for rows in zip(*self.rows, self.feature_rows, strict=True)]
+        found = []
+        for crop, feature in enumerate(self.feature_rows):
+            unread = torch.full_like(feature, torch.nan)
+            rows = [self.rows[layer][crop] if layer in self.read else unread for layer in range(self.count)]
+            found.append(torch.stack([*rows, feature]))
         self.clear()
         return found
 

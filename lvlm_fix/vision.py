@@ -13,7 +13,8 @@ class VisionEncoding:
     """Attention that each of an image's N tokens gets in a tower of L layers, read in its normal forward pass.
 
     Attributes:
-        layer_scores: (L, N) attention of CLS to each image token in every layer, mean over heads (VTC-CLS).
+        layer_scores: (L, N) attention of CLS to each image token in every layer, mean over heads (VTC-CLS);
+            NaN in layers that no attached method reads.
         feature_scores: (N,) the same for the layer whose output the projector takes, as one softmax over the
             full width (DAMRO).
         grid: rows and columns of the image tokens, in raster order; (1, N) where they form no single grid.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvlm_fix import attach
 from lvlm_fix.functional import outlier_tokens
 from lvlm_fix.methods import DAMRO, METHODS, VAR, VTCCLS, AttentionStep, Method, ZipVL, parse
 from lvlm_fix.vision import VisionEncoding
@@ -141,7 +142,9 @@ def test_what_cannot_be_read_is_refused_in_words(text, message):
     ],
 )
 def test_damro_refuses_values_out_of_range(arguments):
-    with pytest.raises(ValueError, match=r"DAMRO\(.*alpha must be at least 0, beta and gate in 0..1 and topk"):
+    with pytest.raises(
+        ValueError, match=r"DAMRO\(.*alpha must be at least 0, beta and gate in 0..1 and topk"
+    ):
         DAMRO(**arguments)
 
 
@@ -328,3 +331,19 @@ def test_zipvl_leaves_decoding_alone():
     decoding = step(hidden_states=None, query=torch.randn(1, 2, 1, 8))
     assert ZipVL().attention(decoding) is decoding
     assert ZipVL().cache(decoding) is None
+
+
+@pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning")
+def test_only_layers_that_a_method_reads_are_scored(embedded, ask, sample_pictures):
+    model, processor = embedded
+    inputs = ask(processor, ([sample_pictures["kitchen"]], "What is in the image?"))
+    read = {}
+    for method in (DAMRO(), VTCCLS(start_layer=-3)):
+        with attach(model, method) as fix:
+            model.generate(**inputs, max_new_tokens=1)
+            (image,) = fix.pipeline.encoder.known.values()
+            scores = image.vision.layer_scores.isnan().all(1)
+            read[method.name] = [layer for layer, unread in enumerate(scores.tolist()) if not unread]
+            assert image.vision.feature_scores.isfinite().all()
+    feature = len(scores) - 2
+    assert read == {"damro": [feature], "vtc_cls": [feature - 1, feature]}

@@ -67,6 +67,10 @@ class Method:
         """The method with what it must know of a model filled in; `attach` asks once."""
         return self
 
+    def scored_layers(self, layers: int) -> range:
+        """Which of the tower's layers `select` and `negative_tokens` read the scores of, beside the feature layer's."""
+        return range(layers)
+
     def select(self, vision: VisionEncoding) -> Tensor | None:
         """Sorted indices (K,) of the image tokens that enter the prompt; None keeps all."""
         return None

@@ -53,6 +53,9 @@ class DAMRO(Method):
                 f"{self}: alpha must be at least 0, beta and gate in 0..1 and topk a whole number from 1"
             )
 
+    def scored_layers(self, layers: int) -> range:
+        return range(0)
+
     def negative_tokens(self, vision: VisionEncoding) -> Tensor:
         scores = vision.feature_scores
         crops = torch.zeros_like(scores, dtype=torch.long) if vision.crops is None else vision.crops

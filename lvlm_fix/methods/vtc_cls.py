@@ -50,6 +50,9 @@ class VTCCLS(Method):
         part = isinstance(self.keep, float) and self.keep <= 1
         return min(max(round(self.keep * tokens) if part else int(self.keep), 1), tokens)
 
+    def scored_layers(self, layers: int) -> range:
+        return range(layers)[self.start_layer : -1]
+
     def select(self, vision: VisionEncoding) -> Tensor:
         scored = torch.ones_like(vision.feature_scores, dtype=torch.bool)
         if vision.crops is not None:
