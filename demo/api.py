@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -22,7 +23,7 @@ ASKED_WRONG = (ValueError, AttachError, PictureError, PromptError, UnsupportedMo
 
 
 def sentence(error: Exception) -> gr.Error:
-    """An error as the page and the API show it; one that is our fault goes to the log, whole."""
+    """An error as the API tells it; one that is our fault goes to the log, whole."""
     if isinstance(error, ASKED_WRONG):
         return gr.Error(" ".join(str(error).split()), print_exception=False, title="Cannot do that")
     LOG.error("a request failed", exc_info=error)
@@ -31,8 +32,15 @@ def sentence(error: Exception) -> gr.Error:
     )
 
 
+def shown(error: Exception) -> gr.Error:
+    """The same for the page, which takes a message for HTML: a link must not bring any of its own."""
+    told = sentence(error)
+    told.message = html.escape(told.message)
+    return told
+
+
 def told(function: Callable) -> Callable:
-    """A coroutine function whose errors are sentences."""
+    """A coroutine function of the API whose errors are sentences."""
 
     @functools.wraps(function)
     async def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -46,8 +54,8 @@ def told(function: Callable) -> Callable:
     return wrapped
 
 
-def told_one_by_one(function: Callable) -> Callable:
-    """The same for an asynchronous generator."""
+def shown_one_by_one(function: Callable) -> Callable:
+    """An asynchronous generator of the page whose errors are sentences."""
 
     @functools.wraps(function)
     async def wrapped(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
@@ -57,7 +65,7 @@ def told_one_by_one(function: Callable) -> Callable:
         except gr.Error:
             raise
         except Exception as error:
-            raise sentence(error) from error
+            raise shown(error) from error
 
     return wrapped
 
@@ -113,7 +121,7 @@ DESCRIPTIONS = {
     "answer": (
         "Answer a question about a picture. `fix` names methods as on the command line, such as "
         "'vtc_cls(keep=0.5),var', or 'none'. Returns text, tokens, seconds, tokens_per_second, peak_memory_bytes, "
-        "hallucinated (null where the truth is not known) and report."
+        "hallucinated (null where nothing is judged), verdict and report."
     ),
     "compare": "Answer without and with methods: {'plain': ..., 'fixed': ...}, each as /answer returns it.",
     "probe": (

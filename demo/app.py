@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 QUEUE = 32  # requests that may wait; further ones are told so
+SESSIONS = 200  # visitors of whom something is kept, some 0.3 MB each; the one seen longest ago makes room
 HOST, PORT = "127.0.0.1", 7860
 
 
@@ -27,7 +28,8 @@ def build(model: str = "embedded") -> Any:
     from lvlm_fix.demo.service import Service
 
     blocks = Page(Service(model)).blocks
-    blocks.queue(max_size=QUEUE, default_concurrency_limit=8)
+    # no request goes past the queue, or many at once could each decode a picture
+    blocks.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
     return blocks
 
 
@@ -49,11 +51,17 @@ def launch(blocks: Any, host: str = HOST, port: int = PORT, share: bool = False)
         # fonts of the system: the default theme fetches its own from Google
         theme=gr.themes.Default(
             primary_hue="blue", font=system, font_mono=["ui-monospace", "monospace"]
-        ).set(  # the default greys are too light to read
+        ).set(  # the default greys and blues are too light to read
             block_info_text_color="*neutral_600",
             block_info_text_color_dark="*neutral_300",
             block_label_text_color="*neutral_700",
             block_title_text_color="*neutral_700",
+            color_accent="*primary_700",
+            button_primary_background_fill="*primary_700",
+            button_primary_background_fill_dark="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            button_primary_background_fill_hover_dark="*primary_800",
+            slider_color="*primary_600",
         ),
         css=(files("lvlm_fix.demo") / "page.css").read_text(encoding="utf-8"),
         allowed_paths=[],
@@ -63,6 +71,7 @@ def launch(blocks: Any, host: str = HOST, port: int = PORT, share: bool = False)
         run_history=False,
         enable_monitoring=False,
         mcp_server=False,
+        state_session_capacity=SESSIONS,
         ssr_mode=False,
         # our own errors are told all the same; those of others may hold paths of the server
         show_error=False,

@@ -50,7 +50,10 @@ def picture(source: bytes | Path | Image.Image | None) -> Image.Image:
         raise ValueError(
             f"the picture has {width} x {height} pixels, and the limit is {MOST_PIXELS:,}: scale it down first"
         )
-    return open_picture(source)
+    try:
+        return open_picture(source)
+    except PictureError as error:  # its message may quote the file's own bytes
+        raise PictureError("cannot read the picture: the file is damaged or cut short") from error
 
 
 def _too_heavy(size: int) -> str:

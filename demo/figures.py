@@ -20,8 +20,8 @@ def looked(look: Look, said: Said, fix: list[Method]) -> Markup:
         _figure(
             overlays.boxed(overlays.heat(look, look.cls, max(look.cls)), look.grid, look.outliers),
             "CLS attention, and DAMRO's outliers",
-            f"Where the vision tower's [CLS] token looks; framed, the {len(look.outliers)} tokens of DAMRO's negative "
-            f"branch{_off('damro', on)}.",
+            f"Where the part of the model that sees looks as it sums the picture up in one token, [CLS]; framed, the "
+            f"{len(look.outliers)} tokens of which DAMRO asks alone, to subtract the answer{_off('damro', on)}.",
             f"CLS attention is highest at the {overlays.where(look, look.cls)}; {len(look.outliers)} tokens framed.",
         ),
         _figure(
@@ -47,13 +47,13 @@ def _attention(look: Look, on: set[str]) -> list[Markup]:
     if not any(look.sinks):
         why = "This model has no attention sinks in the picture, so VAR finds nothing to give back and changes nothing."
     elif not look.changed:
-        why = "No head that looks at the picture passes VAR's threshold here, so nothing changes."
+        why = "None of the attention heads that look at the picture passes VAR's threshold here, so nothing changes."
     else:
         why = f"VAR acts in {look.changed} layers{_off('var', on)}. Rings: sink tokens."
     pairs = ((look.before, "Attention before VAR", "before"), (look.after, "Attention after VAR", "after"))
     return [
         _figure(
-            overlays.ringed(overlays.heat(look, values, most), look.grid, marks),
+            overlays.ringed(_seen(look, values, most), look.grid, marks),
             title,
             f"As the answer begins, {share:.0%} of the decoder's attention is on the picture. "
             f"{why if when == 'after' else ''}",
@@ -71,14 +71,20 @@ def word(look: Look, said: Said, number: int) -> Markup:
     return element(
         "div",
         _figure(
-            overlays.heat(look, values, max(values)),
+            _seen(look, values, max(values)),
             f"Looking for “{text}”",
             f"Where the decoder looked as it chose this word: {share:.0%} of its attention was on the picture, mean "
-            "over heads and layers. Scaled to this word's own largest.",
+            "over its heads (many parallel gazes) and layers. Scaled to this word's own largest.",
             f"For the word {text}, attention is highest at the {overlays.where(look, values)} of the picture.",
         ),
         class_="figures one",
     )
+
+
+def _seen(look: Look, values: Sequence[float], most: float) -> Any:
+    """A map of the decoder's attention, in which tokens that never reached it are hatched."""
+    dropped = set(range(len(look.cls))) - set(look.seen)
+    return overlays.hatched(overlays.heat(look, values, most), look.grid, dropped)
 
 
 def _off(name: str, on: set[str]) -> str:
@@ -128,6 +134,7 @@ def _legend() -> Markup:
         element("span", "", class_="ramp", role="img", aria_label="colours from dark blue to yellow"),
         " no attention (blue) to the picture's largest (yellow), root scale ",
         element("span", "", class_="key frame", aria_hidden="true"), " DAMRO's outlier ",
-        element("span", "", class_="key ring", aria_hidden="true"), " VAR's sink",
+        element("span", "", class_="key ring", aria_hidden="true"), " VAR's sink ",
+        element("span", "", class_="key hatch", aria_hidden="true"), " dropped by VTC-CLS, never seen",
         class_="legend",
     )  # fmt: skip

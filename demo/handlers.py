@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import html
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from lvlm_fix.demo import bounds, figures, pieces, settings, tables
-from lvlm_fix.demo.api import sentence
+from lvlm_fix.demo import bounds, figures, measured, pieces, scores, settings, tables
+from lvlm_fix.demo.api import shown as for_the_page
 from lvlm_fix.demo.looking import Look
-from lvlm_fix.demo.samples import sample_of, samples, truth_of
+from lvlm_fix.demo.samples import samples, truth_of
 from lvlm_fix.demo.service import Said, Service
 from lvlm_fix.demo.settings import PRESETS
 from lvlm_fix.errors import UnsupportedModelError
@@ -23,7 +24,7 @@ class Handlers:
     def __init__(self, service: Service) -> None:
         self.service, self.diagnosis = service, service.diagnosis()
         self.categories = service.categories()
-        self.summaries = settings.summaries()
+        self.summaries = scores.summaries()
 
     async def side_by_side(
         self, picture: Image.Image | None, question: str, tokens: float, *values: Any
@@ -32,7 +33,7 @@ class Handlers:
         image, asked = bounds.picture(picture), bounds.question(question)
         count, fix = bounds.tokens(tokens), bounds.methods(settings.fix_of(values))
         shown: list[Any] = [
-            pieces.status("The plain model answers."),
+            pieces.status("The plain model answers.", running=True),
             pieces.waiting(),
             pieces.waiting(),
             "",
@@ -46,9 +47,8 @@ class Handlers:
                 if isinstance(news, Said):
                     said[which] = news
                     shown[place] = pieces.answer(news)
-                    shown[0] = pieces.status(
-                        "The methods are on." if which == "plain" else "Reading attention."
-                    )
+                    now = "The methods are on." if which == "plain" else "Reading attention."
+                    shown[0] = pieces.status(now, running=True)
                 else:
                     shown[place] = pieces.beginning(news)
                 yield shown
@@ -81,17 +81,17 @@ class Handlers:
 
     def about(self, fix: str) -> str:
         """What is switched on, and what it did where it was measured."""
-        return pieces.about(fix, tables.measured(self.summaries, settings.SCORED_AS.get(fix, fix)))
+        return pieces.about(fix, measured.line(self.summaries, scores.SCORED_AS.get(fix, fix)))
 
     def choose(self, preset: str) -> list[Any]:
         """What a preset sets the controls to."""
         if preset not in PRESETS:
-            raise sentence(
+            raise for_the_page(
                 ValueError(f"there is no preset {preset!r:.40}: choose one of {', '.join(PRESETS)}")
             )
         return settings.values_of(PRESETS[preset])
 
-    def describe(self, picture: Image.Image | None, question: str, tokens: float, *values: Any) -> list[Any]:
+    def describe(self, picked: str | None, question: str, tokens: float, *values: Any) -> list[Any]:
         """The Python, the link, the warnings, the preset if it is one, and the measurements of a setting."""
         try:
             text = settings.fix_of(values)
@@ -99,8 +99,8 @@ class Handlers:
             count = bounds.tokens(tokens)
         except ValueError as error:
             return [f"# {error}", "", "", gr.skip(), gr.skip()]
-        sample = sample_of(picture) if picture is not None else None
-        code = settings.python(fix, sample.file if sample else "picture.png", asked, count, self.service.name)
+        sample = samples().get(picked or "")
+        code = settings.python(fix, sample.file if sample else None, asked, count, self.service.name)
         query = settings.link(text, sample.name if sample else None, asked, count)
         return [
             code,
@@ -111,24 +111,44 @@ class Handlers:
         ]
 
     def restore(self, request: gr.Request) -> list[Any]:
-        """What a share link says; what it does not say stays as it is."""
+        """The page as a share link says; what it does not say, or says wrongly, stays as it is.
+
+        Returns picture, samples, the picked sample's name, question, tokens, and the controls' values.
+        """
         query = dict(request.query_params)
-        unchanged: list[Any] = [gr.skip()] * (3 + len(settings.defaults()))
-        if "fix" not in query:
-            return unchanged
-        try:
-            name = query.get("picture", "")
-            if name and name not in samples():
-                raise ValueError(f"there is no sample {name!r:.40}: the samples are {', '.join(samples())}")
-            bounds.methods(query["fix"])
-            values = settings.values_of(query["fix"])
-            question = bounds.question(query.get("question", settings.QUESTION))
-            tokens = bounds.tokens(_number(query.get("tokens", settings.TOKENS)))
-        except ValueError as error:
-            gr.Warning(f"The link could not be used: {error}")
-            return unchanged
-        shown = gr.Image(samples()[name].image, alt_text=samples()[name].alt) if name else gr.skip()
-        return [shown, question, tokens, *values]
+        unchanged: list[Any] = [gr.skip()] * len(settings.defaults())
+        sample = _restored(query, "picture", _sample)
+        picked = sample or samples()[settings.PICTURE]
+        return [
+            gr.skip() if sample is None else gr.Image(sample.image, alt_text=sample.alt),
+            pieces.samples_row(picked.name),
+            picked.name,
+            _restored(query, "question", bounds.question) or gr.skip(),
+            _restored(query, "tokens", lambda text: bounds.tokens(_number(text))) or gr.skip(),
+            *(_restored(query, "fix", _values) or unchanged),
+        ]
+
+
+def _restored(query: dict[str, str], name: str, read: Callable[[str], Any]) -> Any:
+    """What a link says of one thing; None where it says nothing, or nothing that can be used."""
+    if name not in query:
+        return None
+    try:
+        return read(query[name])
+    except ValueError as error:
+        gr.Warning(html.escape(f"The link's {name} could not be used: {error}"))
+        return None
+
+
+def _sample(name: str) -> Any:
+    if name not in samples():
+        raise ValueError(f"there is no sample {name!r:.40}: the samples are {', '.join(samples())}")
+    return samples()[name]
+
+
+def _values(fix: str) -> list[Any]:
+    bounds.methods(fix)
+    return settings.values_of(fix)
 
 
 def _number(text: Any) -> float:
@@ -138,10 +158,21 @@ def _number(text: Any) -> float:
         raise ValueError(f"tokens must be a number, not {text!r:.40}") from None
 
 
-def pick(event: gr.EventData) -> Any:
-    """A sample was clicked."""
+def pick(event: gr.EventData) -> list[Any]:
+    """A sample was clicked: the picture, and the sample's name."""
     found = samples().get(str(getattr(event, "pick", "")))
-    return gr.skip() if found is None else gr.Image(found.image, alt_text=found.alt)
+    if found is None:
+        return [gr.skip(), gr.skip()]
+    return [gr.Image(found.image, alt_text=found.alt), found.name]
+
+
+def own_picture() -> list[Any]:
+    """The visitor brought a picture, or took it away: no sample is shown any more."""
+    return [gr.Image(alt_text=pieces.OWN_ALT), None]
+
+
+def check(picture: Image.Image | None) -> None:
+    """Nothing: that the picture could be read is all that is asked."""
 
 
 def word_of(which: str) -> Any:

@@ -31,6 +31,17 @@ def heat(look: Look, values: Sequence[float], most: float) -> Image.Image:
     return Image.blend(grey, colours.resize(plain.size, Image.Resampling.NEAREST), 0.6)
 
 
+def hatched(image: Image.Image, grid: tuple[int, int], tokens: Collection[int]) -> Image.Image:
+    """White strokes across tokens that the model never got to see, which no colour of the map could tell."""
+    pen = ImageDraw.Draw(image)
+    for left, top, right, bottom in _cells(image, grid, tokens):
+        for part in (0.25, 0.75):
+            across, down = (right - left) * part, (bottom - top) * part
+            pen.line((left, top + down, left + across, top), fill="white", width=1)
+            pen.line((left + across, bottom, right, top + down), fill="white", width=1)
+    return image
+
+
 def boxed(image: Image.Image, grid: tuple[int, int], tokens: Collection[int]) -> Image.Image:
     """Orange frames around tokens."""
     pen = ImageDraw.Draw(image)

@@ -13,34 +13,44 @@ from lvlm_fix.methods import METHODS, VTCCLS, Method
 
 CLICK_ON = (
     "element.addEventListener('click', e => { const it = e.target.closest('[data-pick]'); if (!it) return;"
-    " element.querySelectorAll('[data-pick]').forEach(o => o.setAttribute('aria-pressed', o === it));"
+    " const group = element.closest('#answers') || element;"
+    " group.querySelectorAll('[data-pick]').forEach(o => o.setAttribute('aria-pressed', o === it));"
     " trigger('click', {pick: it.dataset.pick}); });"
 )
-"""JavaScript of a piece whose buttons have data-pick: the choice is pressed, and told to the server."""
+"""JavaScript of a piece whose buttons have data-pick: one of them, or of both answers', is pressed and told of."""
+
+OWN_ALT = "your picture"
 
 
-def samples_row() -> Markup:
-    """The samples as buttons."""
+def samples_row(picked: str = "") -> Markup:
+    """The samples as buttons, one of them pressed."""
     buttons = [
         element(
             "button",
             element("img", src=overlays.data_uri(one.image), alt=one.alt),
             element("span", one.name.replace("_", " ")),
-            type="button", data_pick=one.name, aria_pressed="false", class_="sample",
+            type="button", data_pick=one.name, aria_pressed=str(one.name == picked).lower(), class_="sample",
         )
         for one in samples().values()
     ]  # fmt: skip
     return element("div", *buttons, class_="samples", role="group", aria_label="Sample pictures")
 
 
+def paper(name: str, whole: bool = False) -> Markup:
+    """A link to a method's paper; title and authors are its tooltip, or written out."""
+    number = METHODS[name].paper
+    title = PANELS[name].paper
+    place = element(
+        "a", number, href=f"https://arxiv.org/abs/{number.split()[-1]}", title=title, target="_blank",
+        rel="noreferrer",
+    )  # fmt: skip
+    return element("p", *([title, " "] if whole else ["Paper: "]), place, class_="paper")
+
+
 def cards(diagnosis: Diagnosis | None) -> Markup:
     """What each method does, in plain words, and whether its premise holds for the model."""
     made = []
     for name, panel in PANELS.items():
-        paper = METHODS[name].paper
-        place = element(
-            "a", paper, href=f"https://arxiv.org/abs/{paper.split()[-1]}", target="_blank", rel="noreferrer"
-        )
         parts = [
             element("h3", panel.title, " ", element("small", panel.cures)),
             element("p", panel.plainly),
@@ -50,20 +60,21 @@ def cards(diagnosis: Diagnosis | None) -> Markup:
             sign = "✓ suits this model" if premise.holds else "✗ does not suit this model"
             kind = "verdict good" if premise.holds else "verdict poor"
             parts.append(element("p", element("strong", sign), f": {premise.sentence}.", class_=kind))
-        made.append(element("article", *parts, element("p", place, class_="paper"), class_="card"))
+        made.append(element("article", *parts, paper(name, whole=True), class_="card"))
     return element("div", *made, class_="cards")
 
 
 def waiting(text: str = "") -> Markup:
-    """An answer that has not begun."""
-    return element("div", element("p", text or "…", class_="muted"), class_="answer")
+    """An answer that has not begun: words of ours, or the sign that it is on its way."""
+    if text:
+        return element("div", element("p", text, class_="muted"), class_="answer")
+    return element("div", element("p", "…", class_="muted caret"), class_="answer running")
 
 
 def beginning(text: str) -> Markup:
     """An answer so far."""
-    return element(
-        "div", element("p", text, element("span", " ▍", class_="caret", aria_hidden="true")), class_="answer"
-    )
+    caret = element("span", " ▍", class_="caret", aria_hidden="true")
+    return element("div", element("p", text, caret), class_="answer running")
 
 
 def answer(said: Said, look: Look | None = None) -> Markup:
@@ -71,14 +82,15 @@ def answer(said: Said, look: Look | None = None) -> Markup:
     parts: list[str] = []
     at = 0
     spans = [(start, end) for start, end, _ in look.words] if look else _spans(said.text)
+    marked = said.verdict.wrong or ()
     for number, (start, end) in enumerate(spans):
         parts.append(said.text[at:start])
         word, at = said.text[start:end], end
-        wrong = next((one for one in said.wrong or () if start < one.end and one.start < end), None)
+        wrong = next((one for one in marked if start < one.end and one.start < end), None)
         title = "show what the model looked at for this word" if look else None
         kind = "word"
         if wrong is not None:
-            kind = "word wrong"
+            kind = "word wrong" if wrong.start < start else "word wrong first"  # "potted plant" has one sign
             title = f"{wrong.category} is not in the picture"
         label = f"{word} ({title})" if wrong is not None else None
         if look:
@@ -91,7 +103,7 @@ def answer(said: Said, look: Look | None = None) -> Markup:
         else:
             parts.append(element("span", word, class_=kind, title=title))
     parts.append(said.text[at:])
-    return element("div", element("p", *parts, lang="en"), _verdict(said), _cost(said), class_="answer")
+    return element("div", element("p", *parts, lang="en"), _verdict(said), _cost(said), class_="answer said")
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
@@ -104,15 +116,10 @@ def _spans(text: str) -> list[tuple[int, int]]:
 
 
 def _verdict(said: Said) -> Markup:
-    if said.wrong is None or said.truth is None:
-        return element(
-            "p", "What is in this picture is not known here, so nothing is marked.", class_="muted"
-        )
-    names = sorted({one.category for one in said.wrong})
-    if not names:
-        return element("p", "✓ No object is made up.", class_="verdict good")
-    text = f"✗ Not in the picture: {', '.join(names)}."
-    return element("p", text, class_="verdict poor")
+    sign, kind = {"true": ("✓ ", "verdict good"), "wrong": ("✗ ", "verdict poor"), "unjudged": ("", "muted")}[
+        said.verdict.kind
+    ]
+    return element("p", sign + said.verdict.sentence, class_=kind)
 
 
 def _cost(said: Said) -> Markup:
@@ -120,7 +127,8 @@ def _cost(said: Said) -> Markup:
     rows = [
         ("time", f"{said.seconds:.2f} s"),
         ("speed", f"{speed:.0f} tokens/s"),
-        ("peak memory", f"{said.peak_bytes / 2**20:,.0f} MB"),
+        # without a GPU only the whole server's is known: the model, other visitors, and what Python keeps
+        ("GPU memory, peak" if said.of_gpu else "server memory", f"{said.peak_bytes / 2**20:,.0f} MB"),
     ]
     kept = said.report.get(VTCCLS.name, [])
     if kept:
@@ -173,6 +181,14 @@ def share(query: str, with_picture: bool) -> Markup:
     return element("p", element("a", "Link to this setting", href=query, id="share-link"), note)
 
 
-def status(text: str) -> Markup:
-    """What is going on, also for screen readers."""
-    return element("p", text or "Ready.", role="status", aria_live="polite", class_="status")
+def status(text: str, running: bool = False, stale: bool = False) -> Markup:
+    """What is going on, also for screen readers; scripts know by its class what has not ended."""
+    kind = f"status{' running' if running else ''}{' stale' if stale else ''}"
+    return element("p", text or "Ready.", role="status", aria_live="polite", class_=kind)
+
+
+def probe_note(text: str, running: bool = False) -> Markup:
+    """The line over the probe's table, alone."""
+    return element(
+        "div", element("p", text, role="status", class_="running" if running else None), class_="probe"
+    )

@@ -20,11 +20,11 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from lvlm_fix.assets.recipe.world import GLYPHS
+from lvlm_fix.demo.judging import Verdict, judge
 from lvlm_fix.demo.looking import Look, look
 from lvlm_fix.demo.samples import truth_of
 from lvlm_fix.diagnosis import Diagnosis, diagnose, sample_pictures
 from lvlm_fix.errors import PremiseWarning
-from lvlm_fix.evals.chair import Mention, hallucinated
 from lvlm_fix.evals.memory import PeakMemory
 from lvlm_fix.evals.vocabulary import CATEGORIES
 from lvlm_fix.loading import EMBEDDED
@@ -44,10 +44,10 @@ class Said:
         ids: its tokens, without the one that ends it.
         tokens: how many were generated.
         seconds: wall time of `generate`, with reading the picture.
-        peak_bytes: peak memory meanwhile, of the GPU or else of the whole server process.
+        peak_bytes: peak memory meanwhile, of the GPU or else of the whole server process, with all that it holds.
         report: what each method did.
-        truth: objects in the picture, where that is known.
-        wrong: words that name an object which is not there; None where the truth is not known.
+        verdict: what is known of the answer's truth.
+        of_gpu: whether the memory is the GPU's.
     """
 
     text: str
@@ -56,16 +56,16 @@ class Said:
     seconds: float
     peak_bytes: int
     report: dict[str, list[dict[str, Any]]]
-    truth: tuple[str, ...] | None
-    wrong: tuple[Mention, ...] | None
+    verdict: Verdict
+    of_gpu: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """What the API returns: plain values."""
         marked = None
-        if self.wrong is not None:
+        if self.verdict.wrong is not None:
             marked = [
                 {"word": one.word, "object": one.category, "start": one.start, "end": one.end}
-                for one in self.wrong
+                for one in self.verdict.wrong
             ]
         return {
             "text": self.text,
@@ -74,6 +74,7 @@ class Said:
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
             "peak_memory_bytes": self.peak_bytes,
             "hallucinated": marked,
+            "verdict": self.verdict.sentence,
             "report": self.report,
         }
 
@@ -174,8 +175,8 @@ class Service:
         answer = self.lvlm.ask(
             image, question, fix, max_new_tokens, streamer=streamer, stopping_criteria=[_Stopped(stop)]
         )
-        truth = truth_of(image)
         special = set(tokenizer.all_special_ids)
+        cut = len(streamer.ids) >= max_new_tokens and streamer.ids[-1] not in special
         return Said(
             answer.text,
             tuple(token for token in streamer.ids if token not in special),
@@ -183,8 +184,8 @@ class Service:
             answer.seconds,
             memory.peak(),
             answer.report,
-            truth,
-            None if truth is None else tuple(hallucinated(answer.text, truth, rule="english")),
+            judge(question, answer.text, truth_of(image), cut),
+            memory.on_gpu,
         )
 
     def _probabilities(

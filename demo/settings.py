@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
 
@@ -33,6 +32,7 @@ class Panel:
     title: str
     cures: str
     plainly: str
+    paper: str
     controls: tuple[Control, ...]
 
 
@@ -40,8 +40,10 @@ PANELS: dict[str, Panel] = {
     "damro": Panel(
         "DAMRO",
         "against hallucination",
-        "A few background patches draw the eye of the vision tower. DAMRO asks twice, once with the whole picture and "
-        "once with those patches alone, and subtracts what the patches alone would have said.",
+        "A few background patches draw the eye of the vision tower, the part of the model that sees. DAMRO asks twice, "
+        "once with the whole picture and once with those patches alone, and subtracts what they alone would have said.",
+        "DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination. Xuan Gong, Tianshi Ming, "
+        "Xinpeng Wang, Zhihua Wei. EMNLP 2024.",
         (
             Control(
                 "alpha",
@@ -59,7 +61,7 @@ PANELS: dict[str, Panel] = {
                 0.1,
             ),
             Control(
-                "topk", "Outlier tokens", "top-k in the paper: patches in the negative branch", 10, 1, 40, 1
+                "topk", "Outlier tokens", "top-k in the paper: patches in the second asking", 10, 1, 40, 1
             ),
         ),
     ),
@@ -67,7 +69,9 @@ PANELS: dict[str, Panel] = {
         "VAR",
         "against hallucination",
         "Some tokens soak up attention and tell nothing: attention sinks. VAR takes part of what they get and hands it "
-        "to the rest of the picture, in the attention heads that look there.",
+        "to the rest of the picture, in those attention heads (the model's many parallel gazes) that look there.",
+        "See What You Are Told: Visual Attention Sink in Large Multimodal Models. Seil Kang, Jinyeong Kim, "
+        "Junhyeok Kim, Seong Jae Hwang. ICLR 2025.",
         (
             Control("p", "Attention given back", "p in the paper: the share that every sink gives up", 0.6),
             Control(
@@ -87,8 +91,10 @@ PANELS: dict[str, Panel] = {
     "vtc_cls": Panel(
         "VTC-CLS",
         "for speed",
-        "The vision tower's [CLS] token already knows which patches matter. VTC-CLS keeps the patches it looks at and "
-        "drops the others before the language model reads them.",
+        "The part of the model that sees sums the picture up in one [CLS] token, and looks at the patches that matter "
+        "as it does. VTC-CLS keeps those and drops the others before the language model reads them.",
+        "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs. Ao Wang, Fengyuan Sun, Hui Chen, "
+        "Zijia Lin, Jungong Han, Guiguang Ding. arXiv 2024.",
         (
             Control(
                 "keep",
@@ -106,6 +112,8 @@ PANELS: dict[str, Panel] = {
         "for speed and memory",
         "Each layer needs only some of the tokens. ZipVL finds out how many, works among those, and packs the memory "
         "of the conversation (the KV cache) to 4 and 2 bits.",
+        "ZipVL: Efficient Large Vision-Language Models with Dynamic Token Sparsification. Yefei He, Feng Chen, "
+        "Jing Liu, Wenqi Shao, Hong Zhou, Kaipeng Zhang, Bohan Zhuang. ICCV 2025.",
         (
             Control(
                 "tau",
@@ -130,34 +138,27 @@ PANELS: dict[str, Panel] = {
 
 PRESETS: dict[str, str] = {
     "plain": "none",
-    "least hallucination": "vtc_cls(keep=0.5)",
+    "least hallucination": "zipvl(evict=True)",
     "fastest": "vtc_cls(keep=0.33)",
-    "balanced": "vtc_cls(keep=0.5),zipvl(evict=True)",
+    "balanced": "vtc_cls(keep=0.5)",
 }
-"""By name, what the switches are set to."""
+"""By name, what the switches are set to: `scores.RULES` choose, and a test tells when they choose another."""
 
-SCORED_AS: dict[str, str] = {
-    "vtc_cls(keep=0.5)": "vtc_cls(keep=72)",
-    "vtc_cls(keep=0.33)": "vtc_cls(keep=48)",
-}
-"""Presets that choose the tokens of a measured setting: 72 and 48 of the embedded model's 144."""
-
-BENCHMARKS = ("chair", "pope")
-"""Measurements that the page shows; others that ship are of other things."""
-
-QUESTION, PICTURE, TOKENS = "Describe the image.", "safari", 64
+QUESTION, PICTURE, TOKENS = "Describe the image.", "street", 64
+OPENING = "fastest"
+"""With that picture, a preset that makes a difference to be seen; a test tells when it no longer does."""
 
 
 def defaults() -> list[Any]:
     """Values of all controls at the start: each method's switch, then its controls, as a preset has them."""
-    return values_of(PRESETS["least hallucination"])
+    return values_of(PRESETS[OPENING])
 
 
 def fix_of(values: Sequence[Any]) -> str:
     """The switched-on methods as on the command line.
 
     >>> fix_of(defaults())
-    'vtc_cls(keep=0.5)'
+    'vtc_cls(keep=0.33)'
     """
     rest = iter(values)
     parts = []
@@ -180,7 +181,7 @@ def values_of(fix: str) -> list[Any]:
     """The controls' values for methods as on the command line: what `fix_of` undoes.
 
     Raises:
-        ValueError: an unknown method, or a value that no slider reaches.
+        ValueError: an unknown method, or a value that no slider reaches or the page has no slider for.
 
     >>> fix_of(values_of("damro(alpha=1),vtc_cls(keep=0.25)"))
     'damro(alpha=1.0),vtc_cls(keep=0.25)'
@@ -189,22 +190,32 @@ def values_of(fix: str) -> list[Any]:
     values: list[Any] = []
     for name, panel in PANELS.items():
         values.append(name in chosen)
-        for control in panel.controls:
-            value = getattr(chosen[name], control.field) if name in chosen else control.value
-            if name in chosen and control.step and not control.least <= value <= control.most:
-                if isinstance(value, float) and value == _defaults(name)[control.field]:
-                    value = control.value
-                raise ValueError(
-                    f"the slider for {name}'s {control.field} goes from {control.least:g} to {control.most:g}, so "
-                    f"{value:g} cannot be set"
-                )
-            values.append(bool(value) if not control.step else value)
+        values += [_value_of(one, chosen.get(name)) for one in panel.controls]
+    if {method.name: method for method in parse(fix_of(values))} != chosen:
+        raise ValueError(f"{fix!r} sets something that the page has no slider for: use it from Python")
     return values
+
+
+def _value_of(control: Control, method: Method | None) -> Any:
+    """A control's value for a method, or its own where the method is off."""
+    value = control.value if method is None else getattr(method, control.field)
+    if not control.step:
+        return bool(value)
+    if method is not None and not control.least <= value <= control.most:
+        raise ValueError(
+            f"the slider for {method.name}'s {control.field} goes from {control.least:g} to {control.most:g}, so "
+            f"{value:g} cannot be set"
+        )
+    return value
 
 
 def _typed(control: Control, value: Any) -> Any:
     if not control.step:
         return bool(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"“{control.label}” is empty: give it a number from {control.least:g} to {control.most:g}"
+        )
     return int(value) if control.step >= 1 else float(value)
 
 
@@ -216,14 +227,17 @@ def _defaults(name: str) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
 
 
-def python(fix: list[Method], picture: str, question: str, tokens: int, model: str) -> str:
-    """Python that gives the same answer.
+def python(fix: list[Method], sample: str | None, question: str, tokens: int, model: str) -> str:
+    """Python that gives the same answer, about a sample's file or one of the reader's own.
 
     >>> print(python(parse("vtc_cls(keep=0.5)"), "safari.png", "Describe the image.", 64, "embedded"))
+    from importlib.resources import files
+    <BLANKLINE>
     from lvlm_fix import LVLM, VTCCLS
     <BLANKLINE>
+    picture = files("lvlm_fix.assets") / "samples" / "safari.png"
     lvlm = LVLM()
-    answer = lvlm.ask("safari.png", "Describe the image.", fix=[VTCCLS(keep=0.5)], max_new_tokens=64)
+    answer = lvlm.ask(picture, "Describe the image.", fix=[VTCCLS(keep=0.5)], max_new_tokens=64)
     print(answer.text)
     """
     names = ", ".join(sorted({"LVLM", *(type(method).__name__ for method in fix)}))
@@ -231,9 +245,11 @@ def python(fix: list[Method], picture: str, question: str, tokens: int, model: s
     fixed = f", fix=[{calls}]" if fix else ""
     quoted = json.dumps(question, ensure_ascii=False)
     own = "" if model == "embedded" else json.dumps(model)
+    found = f'files("lvlm_fix.assets") / "samples" / {json.dumps(sample)}' if sample else '"picture.png"'
     return (
-        f"from lvlm_fix import {names}\n\nlvlm = LVLM({own})\n"
-        f"answer = lvlm.ask({json.dumps(picture)}, {quoted}{fixed}, max_new_tokens={tokens})\nprint(answer.text)"
+        ("from importlib.resources import files\n\n" if sample else "")
+        + f"from lvlm_fix import {names}\n\npicture = {found}\nlvlm = LVLM({own})\n"
+        f"answer = lvlm.ask(picture, {quoted}{fixed}, max_new_tokens={tokens})\nprint(answer.text)"
     )
 
 
@@ -251,14 +267,3 @@ def link(fix: str, picture: str | None, question: str, tokens: int) -> str:
     """
     query = {"picture": picture, "question": question, "tokens": tokens, "fix": fix}
     return "?" + urlencode({name: value for name, value in query.items() if value is not None})
-
-
-def summaries() -> list[dict[str, Any]]:
-    """The measurements that ship, one a benchmark."""
-    shipped = files("lvlm_fix.assets") / "scores"
-    found = []
-    for folder in sorted(shipped.iterdir(), key=lambda place: place.name):
-        summary = folder / "summary.json"
-        if folder.name in BENCHMARKS and summary.is_file():
-            found.append(json.loads(summary.read_text(encoding="utf-8")))
-    return found

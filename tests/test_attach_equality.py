@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import replace
+from itertools import combinations
 from threading import Thread
 
 import pytest
@@ -366,6 +367,21 @@ def test_the_order_of_methods_does_not_matter(llava, order, batches, ask):
     one = run(model, FIXES["all"], inputs, **options)
     other = run(model, [FIXES["all"][place] for place in order], inputs, **options)
     assert torch.equal(one.sequences, other.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
+
+
+SUBSETS = [chosen for count in (1, 2, 3, 4) for chosen in combinations((PRUNE, CONTRAST, MOVE, PACK), count)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chosen", SUBSETS, ids=lambda chosen: " ".join(method.name for method in chosen))
+def test_any_subset_equals_the_slow_way_in_any_order(random_llava, chosen, batches, ask, record_property):
+    model, processor = random_llava
+    rows = batches["one picture"]
+    assert worst_difference(model, processor, chosen, rows, ask, record_property, steps=1) < TOLERANCE
+    options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    inputs = ask(processor, *rows)
+    one, other = (run(model, fix, inputs, **options) for fix in (chosen, chosen[::-1]))
     assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
@@ -13,10 +15,12 @@ import pytest
 from demo_server import SAMPLES, serving
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from gradio_client.utils import Status
 from PIL import Image
 
 from lvlm_fix import LVLM
-from lvlm_fix.demo import bounds
+from lvlm_fix.demo import app, bounds
+from lvlm_fix.demo.picture_input import NO_UPLOAD
 from lvlm_fix.methods import parse
 
 QUESTION = "Describe the image."
@@ -56,6 +60,12 @@ def refusal(client: Client, *arguments, api_name: str = "/answer") -> str:
     with pytest.raises(AppError) as refused:
         client.predict(*arguments, api_name=api_name)
     return str(refused.value)
+
+
+def until_queued(job) -> None:
+    """Wait until the server has a job; on a busy machine its picture may take a while to arrive."""
+    while job.status().code in (Status.STARTING, Status.JOINING_QUEUE, Status.SENDING_DATA):
+        time.sleep(0.02)
 
 
 def test_the_server_is_up_in_seconds(server):
@@ -129,7 +139,8 @@ def test_a_cancelled_request_frees_the_model_and_the_next_visitor_is_served(serv
 
     visitors = [Client(server.url, verbose=False) for _ in range(6)]
     jobs = [one.submit(kitchen(), "damro", api_name="/probe") for one in visitors]
-    time.sleep(0.5)
+    for job in jobs:
+        until_queued(job)
     for job in jobs:
         job.cancel()
     began = time.monotonic()
@@ -195,20 +206,88 @@ def test_a_file_of_too_many_bytes_is_refused(server, client, tmp_path):
         client.predict(handle_file(str(tmp_path / "heavy.png")), QUESTION, "none", 8, api_name="/answer")
 
 
-def test_a_path_on_the_server_is_not_read_as_a_picture(server, tmp_path):
-    """The body of a request may name any path; only what was uploaded counts."""
+FILE = {"_type": "gradio.FileData"}
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"meta": FILE}, {}, {"meta": {}}, {"meta": {"_type": "x"}}],
+    ids=["file", "missing", "empty", "other"],
+)
+@pytest.mark.parametrize("place", ["private", "sample", "absent", "zero", "folder", "climbing"])
+def test_a_path_on_the_server_is_not_read_as_a_picture(server, tmp_path, meta, place):
+    """The body of a request may name any path; only what was uploaded counts, and nothing is told of the others."""
     shutil.copy(SAMPLES / "kitchen.png", tmp_path / "mine.png")
-    for path in (tmp_path / "mine.png", SAMPLES / "kitchen.png"):
-        picture = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-        body = json.dumps({"data": [picture, QUESTION, "none", 8]}).encode()
-        begin = urllib.request.Request(
-            f"{server.url}/gradio_api/call/answer", body, {"Content-Type": "application/json"}
+    path = {
+        "private": tmp_path / "mine.png",
+        "sample": SAMPLES / "kitchen.png",
+        "absent": tmp_path / "absent.png",
+        "zero": "/dev/zero",  # never ends
+        "folder": tmp_path,
+        "climbing": "../../../../dev/zero",
+    }[place]
+
+    told = server.answered("answer", {"path": str(path), **meta}, QUESTION, "none", 8)
+
+    assert b"event: error" in told and b"event: complete" not in told
+    if meta.get("meta") != FILE:  # Gradio itself refuses a path that is marked as a file's
+        assert NO_UPLOAD.encode() in told
+    assert b"knife" not in told and b"/" not in told.partition(b"event: error")[2]
+
+
+@pytest.mark.parametrize("meta", [{"meta": FILE}, {}], ids=["file", "missing"])
+def test_the_server_fetches_no_address(server, meta):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.settimeout(0.2)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
+        told = server.answered("answer", {"path": address, "url": address, **meta}, QUESTION, "none", 8)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    # before a name is looked up, and not only because this address is a private one
+    assert b"event: error" in told and NO_UPLOAD.encode() in told
+
+
+def test_no_picture_is_decoded_outside_the_queue(server):
+    """Each may take a hundred MB: many at once would take the server's memory."""
+    config = json.loads(server.get("/config")[1])
+    kinds = {one["id"]: one["type"] for one in config["components"]}
+    taking = [one for one in config["dependencies"] if any(kinds[i] == "image" for i in one["inputs"])]
+    assert len(taking) >= 5 and all(one["queue"] for one in taking if one["backend_fn"])
+    for route in ("run", "api"):  # nor past the queue
+        body = json.dumps({"data": [None, QUESTION, "none", 1]}).encode()
+        ask = urllib.request.Request(
+            f"{server.url}/gradio_api/{route}/answer", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(begin, timeout=30) as answer:
-            event = json.loads(answer.read())["event_id"]
-        status, told = server.get(f"/gradio_api/call/answer/{event}")
-        assert status == 200 and b"event: error" in told
-        assert b"knife" not in told and b"/" not in told.partition(b"event: error")[2]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(ask, timeout=30)
+        assert 400 <= refused.value.code < 500
+
+
+def test_a_full_queue_refuses_in_one_sentence_and_recovers(server, client):
+    busy = client.submit(kitchen(), "damro", api_name="/probe")
+    until_queued(busy)
+    # an empty question needs no model once it has its turn
+    told = [server.call("answer", None, "", "none", 8) for _ in range(app.QUEUE + 4)]
+    busy.cancel()
+
+    assert [status for status, _ in told].count(200) <= app.QUEUE + 1
+    status, body = told[-1]
+    assert status == 503 and b"Queue is full" in body and b"Traceback" not in body
+    said = client.predict(kitchen(), QUESTION, "none", 4, api_name="/answer")
+    assert said["tokens"] == 4
+
+
+def test_a_question_of_yes_or_no_is_judged(client):
+    safari = handle_file(str(SAMPLES / "safari.png"))
+    ask = "Is there an elephant in the image?"
+    said = client.predict(safari, ask, "none", 8, api_name="/answer")
+    lied = said["text"].lower().startswith("yes")
+    assert bool(said["hallucinated"]) == lied
+    assert said["verdict"].startswith("Wrong" if lied else "Right")
+    if lied:
+        assert said["hallucinated"][0]["object"] == "elephant"
 
 
 @pytest.mark.parametrize("route", ["/gradio_api/file=", "/file=", "/gradio_api/file/"])

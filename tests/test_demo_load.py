@@ -30,9 +30,11 @@ def crowd(url: str, seconds: float) -> list[tuple[str, str, str]]:
 
     def visit(number: int) -> None:
         try:
-            visitor = Client(url, verbose=False)
             turn = number
             while True:
+                visitor = Client(
+                    url, verbose=False
+                )  # each request is a new visitor's, of whom something is kept
                 sample, fix = ("kitchen", "safari", "street")[turn % 3], SETTINGS[turn % len(SETTINGS)]
                 picture = handle_file(str(SAMPLES / f"{sample}.png"))
                 answer = visitor.predict(picture, "Describe the image.", fix, 64, api_name="/answer")

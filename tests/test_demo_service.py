@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
-import json
-import socket
-import subprocess
-import sys
-from importlib.resources import files
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -17,12 +14,12 @@ import torch
 from PIL import Image
 
 from lvlm_fix import LVLM, VAR, attach
-from lvlm_fix.demo import bounds, figures, overlays, pieces, settings, tables
+from lvlm_fix.demo import api, bounds, figures, overlays, pieces
+from lvlm_fix.demo.judging import judge
 from lvlm_fix.demo.looking import look
 from lvlm_fix.demo.samples import sample_of, samples, truth_of
 from lvlm_fix.demo.service import Said, Service
-from lvlm_fix.diagnosis import sample_pictures
-from lvlm_fix.methods import METHODS, parse
+from lvlm_fix.methods import parse
 from lvlm_fix.prompting import model_inputs
 
 QUESTION = "Describe the image."
@@ -152,7 +149,12 @@ def test_a_look_shows_what_the_report_says(service, kitchen):
     dropped = set(range(144)) - set(seen.seen)
     assert all(seen.before[token] == 0 for token in dropped)
     assert all(values[token] == 0 for _, _, values in seen.words for token in dropped)
+    hatched, whole = (
+        np.asarray(overlays.hatched(Image.new("RGB", (48, 48)), (12, 12), tokens)) for tokens in (dropped, ())
+    )
+    assert hatched.any() and not whole.any()
     html = figures.looked(seen, said, fix)
+    assert "dropped by VTC-CLS" in html
     assert html.count("<figure>") == 5 and html.count(' alt="') == 4
     assert f"{said.report['zipvl'][0]['ratios'][0]:.0%}" in html
 
@@ -183,71 +185,78 @@ def test_hallucinated_words_are_marked_for_eyes_and_for_screen_readers(service):
 
     html = pieces.answer(said, seen)
 
-    assert 'class="word wrong"' in html and 'aria-label="elephant. (elephant is not in the picture)"' in html
+    assert (
+        'class="word wrong first"' in html
+        and 'aria-label="elephant. (elephant is not in the picture)"' in html
+    )
     assert html.count("<button") == len(said.text.split())
     assert "Not in the picture: elephant." in html
 
 
 def test_an_answer_that_is_markup_stays_text():
-    said = Said("<img src=x onerror=alert(1)> a dog", (), 3, 1.0, 0, {}, ("cat",), ())
+    said = Said("<img src=x onerror=alert(1)> a dog", (), 3, 1.0, 0, {}, judge("", "a dog", ["dog"]))
     html = pieces.answer(said)
     assert "<img" not in html and "&lt;img" in html
 
 
+def test_a_name_of_two_words_has_one_sign():
+    text = "a potted plant"
+    said = Said(text, (), 3, 1.0, 0, {}, judge("", text, ["cat"]))
+    html = pieces.answer(said)
+    assert html.count('class="word wrong first"') == 1 and html.count('class="word wrong"') == 1
+
+
+def test_memory_is_named_for_what_it_is():
+    said = Said("a dog", (), 3, 1.0, 2**30, {}, judge("", "a dog", ["dog"]))
+    assert "server memory" in pieces.answer(said)
+    assert "GPU memory" in pieces.answer(dataclasses.replace(said, of_gpu=True))
+
+
 @pytest.mark.parametrize(
-    "fix", ["none", *METHODS, *settings.PRESETS.values(), "damro(alpha=1.2,topk=4),var(p=0.3)"]
+    ("question", "answer", "kind", "words"),
+    [
+        ("Is there an elephant in the image?", "Yes", "wrong", ["Yes"]),
+        ("Is there an elephant in the image?", "Yes, an elephant.", "wrong", ["elephant"]),
+        ("is there a zebra in the picture", "Yes", "true", []),
+        ("Is there a zebra in the image?", "No", "wrong", []),
+        ("Is there an elephant in the image?", "No, there is no elephant.", "true", []),
+        ("Is there a unicorn in the image?", "Yes", "unjudged", None),
+        ("What time is it?", "Noon.", "unjudged", None),
+        (QUESTION, "A zebra and an elephant.", "wrong", ["elephant"]),
+        (QUESTION, "A zebra.", "true", []),
+    ],
 )
-def test_a_share_link_restores_its_setting(fix):
-    fix = fix.replace("vtc_cls", "vtc_cls(keep=0.4)") if fix == "vtc_cls" else fix
-    values = settings.values_of(fix)
-    assert parse(settings.fix_of(values)) == parse(fix)
-    assert settings.values_of(settings.fix_of(values)) == values
+def test_an_answer_is_judged_by_what_it_claims(question, answer, kind, words):
+    verdict = judge(question, answer, ["zebra", "bear"])
+    assert verdict.kind == kind
+    assert words == (None if verdict.wrong is None else [one.word for one in verdict.wrong])
+    assert ("✓" in pieces.answer(Said(answer, (), 1, 1.0, 0, {}, verdict))) == (kind == "true")
 
 
-def test_a_link_out_of_the_sliders_reach_is_refused():
-    with pytest.raises(ValueError, match=r"goes from 0\.05 to 0\.95, so 72 cannot be set"):
-        settings.values_of("vtc_cls(keep=72)")
+def test_an_answer_that_was_cut_off_is_not_called_true(service, kitchen):
+    said = asyncio.run(service.answer(kitchen, QUESTION, [], 5))
+    assert said.verdict.kind == "unjudged" and "cut off" in said.verdict.sentence
+    assert finished(service, kitchen, "none").verdict.kind == "true"
 
 
-def test_the_code_box_gives_the_answers_of_the_page(service):
-    question, sample = 'Say "what" is there\nin the image.', samples()["living_room"]
-    settings_ = [parse(fix) for fix in settings.PRESETS.values()]
-    said = [asyncio.run(service.answer(sample.image, question, fix, 24)).text for fix in settings_]
-    codes = [settings.python(fix, sample.file, question, 24, "embedded") for fix in settings_]
-
-    command = [sys.executable, "-W", "ignore", "-c", "\n".join(codes)]
-    ran = subprocess.run(command, cwd=sample_pictures()[0].parent, capture_output=True, text=True, check=True)
-
-    assert ran.stdout.splitlines() == said
+def test_a_message_on_the_page_brings_no_markup_and_the_api_tells_it_as_it_is():
+    error = ValueError("the question holds <image>: leave it out")
+    assert api.shown(error).message == "the question holds &lt;image&gt;: leave it out"
+    assert api.sentence(error).message == str(error)
 
 
-def test_controls_say_what_the_methods_take():
-    for name, panel in settings.PANELS.items():
-        fields = settings._defaults(name)
-        for control in panel.controls:
-            assert control.field in fields
-            assert control.info and control.least <= control.value <= control.most
-    assert list(settings.PANELS) == list(METHODS)
-
-
-def test_presets_are_described_by_the_shipped_measurements():
-    shipped = settings.summaries()
-    assert {one["task"] for one in shipped} == {"pope", "chair"}
-    for fix in settings.SCORED_AS.values():
-        assert "CHAIRi 14.5 to" in tables.measured(shipped, fix)
-    assert tables.measured(shipped, "damro") and "(worse)" in tables.measured(shipped, "damro")
-    assert not tables.measured(shipped, "var(p=0.123)")
-
-
-def test_the_results_tab_says_what_the_summaries_say():
-    html = tables.results(settings.summaries())
-    for summary in settings.summaries():
-        for setting in summary["settings"]:
-            assert setting["name"] == "none" or setting["name"] in html
-    chair = next(one for one in settings.summaries() if one["task"] == "chair")
-    value = chair["settings"][0]["splits"]["all"]["CHAIRi"]
-    assert f"{value['value']:.1f} [{value['low']:.1f}, {value['high']:.1f}]" in html
-    assert "✗ worse" in html and "✓ better" in html
+@pytest.mark.parametrize(
+    ("fix", "told"),
+    [
+        ("vtc_cls(keep='a')", "keep"),
+        ("damro(omega=1)", "omega"),
+        (f"zipvl(seed={10**20})", "seed"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_our_own_words(fix, told):
+    with pytest.raises(ValueError, match=told) as refused:
+        bounds.methods(fix)
+    assert not re.search(r"not supported|__init__|Overflow", str(refused.value))
 
 
 def test_truth_is_known_by_the_pixels_and_by_nothing_else(kitchen):
@@ -270,27 +279,3 @@ def test_heat_is_brightest_where_the_map_is_highest(service, kitchen):
     rows, columns = np.unravel_index(yellow.argmax(), yellow.shape)
     assert (rows // cell, columns // cell) == (1, 1)
     assert overlays.where(seen, values) == "top left"
-
-
-def test_the_command_refuses_a_port_in_use_before_it_loads(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        ran = subprocess.run(
-            [sys.executable, "-m", "lvlm_fix", "demo", "--port", str(port)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert ran.returncode == 1 and ran.stdout == ""
-    assert ran.stderr.strip().startswith(f"lvlm-fix: cannot listen on 127.0.0.1:{port}")
-    assert "\n" not in ran.stderr.strip()
-
-
-def test_the_space_has_what_a_space_needs():
-    text = (files("lvlm_fix.demo") / "README.md").read_text(encoding="utf-8")
-    head = dict(line.split(": ", 1) for line in text.split("---")[1].strip().splitlines())
-    assert head["sdk"] == "gradio" and head["app_file"] == "app.py"
-    assert (files("lvlm_fix.demo") / head["app_file"]).is_file()
-    assert json.loads(head["pinned"]) is False

@@ -167,6 +167,14 @@ def test_permuting_tokens_permutes_the_choice(seed, tau):
     assert torch.equal(moved, important_tokens(scores, normalised, tau)[:, order])
 
 
+@always
+@given(seed=seeds, tokens=st.integers(1, 200), power=st.floats(0.5, 40))
+def test_tau_one_keeps_all(seed, tokens, power):
+    g = torch.Generator().manual_seed(seed)
+    scores, normalised = torch.rand(2, 3, tokens, generator=g).pow(power).unbind()
+    assert important_tokens(scores, normalised, 1.0).all()
+
+
 def test_tau_one_keeps_tokens_whose_scores_are_lost_beside_the_others():
     scores = torch.full((1, 5000), 1e-12)
     scores[0, 0], scores[0, 1] = 1000, 0
