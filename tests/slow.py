@@ -239,6 +239,8 @@ class Conversation:
     def __init__(self, decoder, branches, fix) -> None:
         """`branches`: of each, embeddings (T, C), image flags, and optionally positions and the next one."""
         _, self.damro, self.var, self.zipvl = stages(fix)
+        if not any(branches[0][1]):  # without a picture there is nothing to contrast
+            self.damro = None
         self.decoder = decoder
         self.states, first = [], []
         for branch in branches:
