@@ -53,7 +53,10 @@ class Attachment:
     def report(self) -> dict[str, list[dict[str, Any]]]:
         """What each method did in the last prefill, by method name, as plain numbers.
 
-        One entry an image (`kept`, `outliers`) or a prompt (`sinks`, `heads`, `ratios`, `bytes`); `prompt` is its row.
+        One entry an image (`kept`, `outliers`) or a prompt (`sinks`, `heads`, `ratios`, `bytes`; with a gate, for how
+        many of its `tokens` DAMRO `contrasted`); `prompt` is its row. `sinks` are numbers among the row's own tokens as
+        the decoder saw them, after pruning and without padding; `image_sinks` among its kept image tokens; `bytes` and
+        `full_bytes` are those of the row alone. In a batch without pictures each beam counts as a prompt.
         """
         return {} if self._pipeline.report is None else self._pipeline.report.plain()
 

@@ -220,7 +220,7 @@ class MethodAttention:
 
 def _attention(step: AttentionStep, unpadded: bool) -> Tensor:
     masked: dict[str, Any] = {"key_mask": None if unpadded else step.real, "scale": step.scale}
-    if step.important is not None:
+    if step.important is not None and step.important is not step.real:
         moved = step.redistribution
         return sparse_prefill(
             step.query, step.key, step.value, step.important, redistribution=moved, **masked

@@ -197,7 +197,9 @@ class Pipeline:
             chosen = self._for_each(prompt.images, functools.partial(self._negative, method))
             embeddings = prompt.embeddings.clone()
             for (row, columns), (features, places) in zip(prompt.where.spans, chosen, strict=True):
-                embeddings[row, columns[places]] = features.to(embeddings.device, embeddings.dtype)
+                embeddings[row, columns[places.to(columns.device)]] = features.to(
+                    embeddings.device, embeddings.dtype
+                )
             seen = Prompt(**{**vars(prompt), "embeddings": embeddings})
             negative, branch, _ = self._branch(seen, [places for _, places in chosen], None, 1)
             last = output.logits[:, -1]

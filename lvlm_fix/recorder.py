@@ -15,7 +15,7 @@ from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 
 TOGETHER = 2**26
-"""Bytes of keys, at most, that wait to be scored together: one call for many layers costs as much as for one."""
+"""Bytes of queries and keys that may wait to be scored together: a call for many layers costs what one for one does."""
 
 PROBES = 64
 """Query rows whose mean stands for the attention that a patch receives, in towers without a CLS token."""
@@ -63,7 +63,7 @@ class TowerRecorder:
         self.pooled: list[Tensor] = []
         self.rows: list[list[Tensor]] = [[] for _ in range(self.count)]
         self.feature_rows: list[Tensor] = []
-        self.waiting: list[tuple[int, int, Tensor, Tensor]] = []
+        self.waiting: list[tuple[int, Tensor, Tensor]] = []
 
     def _attend(
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
@@ -81,26 +81,29 @@ class TowerRecorder:
         return proceed(module, query, key, *args, **kwargs)
 
     def _wait(self, index: int, query: Tensor, key: Tensor) -> None:
-        """Keep a layer's CLS query (B, H, N + 1, D) and its keys until several layers are scored together."""
-        # A copy: what is kept must not keep all queries.
-        asking, asked = query[:, :, 0].flatten(1)[:, None].clone(), key.transpose(1, 2).flatten(2)
+        """Keep a layer's queries and keys (B, H, N + 1, D) until several layers are scored together."""
         if self.waiting:
             first = self.waiting[0][-1]
-            alike = (first.shape, first.device) == (asked.shape, asked.device)
-            if not alike or (len(self.waiting) + 1) * asked.nbytes > TOGETHER:
+            alike = (first.shape, first.device) == (key.shape, key.device)
+            if not alike or 2 * (len(self.waiting) + 1) * key.nbytes > TOGETHER:
                 self._score()
-        self.waiting.append((index, query.shape[1], asking, asked))
+        self.waiting.append((index, query, key))
 
     def _score(self) -> None:
         """The CLS rows of the layers that wait."""
         if not self.waiting:
             return
-        indices, heads, queries, keys = zip(*self.waiting, strict=True)
-        rows = cls_row(torch.cat(queries), torch.cat(keys), heads[0]).split(len(keys[0]))
-        for index, row, query, key in zip(indices, rows, queries, keys, strict=True):
-            self.rows[index].extend(row)
+        indices, queries, keys = zip(*self.waiting, strict=True)
+        heads, crops = keys[0].shape[1], len(keys[0])
+        asking = torch.cat([query[:, :, 0] for query in queries]).flatten(1)[:, None]
+        asked = torch.cat([key.transpose(1, 2) for key in keys]).flatten(2)
+        rows = cls_row(asking, asked, heads).split(crops)
+        for layer, index in enumerate(indices):
+            self.rows[index].extend(rows[layer])
             if index == self.feature_layer:
-                self.feature_rows.extend(cls_row(query, key, 1) if self.full_width else row)
+                own = slice(layer * crops, (layer + 1) * crops)
+                full_width = cls_row(asking[own], asked[own], 1) if self.full_width else rows[layer]
+                self.feature_rows.extend(full_width)
         self.waiting.clear()
 
     def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
