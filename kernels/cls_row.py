@@ -57,8 +57,11 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     by_head = wide(query[:, 0]).unflatten(-1, (num_heads, -1)) * (key.shape[-1] // num_heads) ** -0.5
-    if len(key) == 1 or num_heads == 1:
-        # One batch dimension, which can be walked without a copy.
+    if len(key) == 1:
+        # Heads are the one batch dimension, which can be walked without a copy.
+        logits = by_head[:, :, None] @ wide(key).unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1)
+        return logits[:, :, 0].softmax(-1).mean(1)[:, 1:]
+    if num_heads == 1:
         logits = torch.einsum("bhd,bthd->bth", by_head, wide(key).unflatten(-1, (num_heads, -1)))
     else:
         logits = wide(key) @ torch.diag_embed(by_head.mT, dim1=1, dim2=3).flatten(1, 2)
