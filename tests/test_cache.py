@@ -149,7 +149,7 @@ def test_sinks_of_branches_are_put_together_where_they_are():
 
 
 def test_probes_follow_the_layers_to_their_device():
-    method = ZipVL(recent=2, random=2)
+    method = ZipVL(recent=2, random=2, window=2)
     with FakeTensorMode():
         elsewhere = torch.device("lazy")
         query, real = torch.ones(1, 2, 6, 4, device=elsewhere), torch.ones(1, 6, dtype=torch.bool)

@@ -18,6 +18,7 @@ from lvlm_fix.methods import parse
 
 SECONDS = float(os.environ.get("LVLM_FIX_LOAD_SECONDS", "10"))
 VISITORS = 16
+PICTURES = ("kitchen", "safari", "street")
 SETTINGS = ("none", "vtc_cls(keep=0.5)", "damro", "zipvl")
 TOLERATED = 48 * 2**20  # bytes; the server holds some 800 MB, and malloc keeps what it may need again
 
@@ -35,7 +36,7 @@ def crowd(url: str, seconds: float) -> list[tuple[str, str, str]]:
                 visitor = Client(
                     url, verbose=False
                 )  # each request is a new visitor's, of whom something is kept
-                sample, fix = ("kitchen", "safari", "street")[turn % 3], SETTINGS[turn % len(SETTINGS)]
+                sample, fix = PICTURES[turn % 3], SETTINGS[turn % len(SETTINGS)]
                 picture = handle_file(str(SAMPLES / f"{sample}.png"))
                 answer = visitor.predict(picture, "Describe the image.", fix, 64, api_name="/answer")
                 said.append((sample, fix, answer["text"]))
@@ -58,6 +59,12 @@ def crowd(url: str, seconds: float) -> list[tuple[str, str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sixteen_visitors_lose_no_request_and_memory_ends_where_it_began(tmp_path):
+    lvlm = LVLM()
+    expected = {
+        (sample, fix): lvlm.ask(SAMPLES / f"{sample}.png", fix=parse(fix)).text
+        for sample in PICTURES
+        for fix in SETTINGS
+    }
     with serving(tmp_path) as server:
         # every code path once, and the pools of threads at their size
         crowd(server.url, min(SECONDS / 2, 10))
@@ -68,10 +75,6 @@ def test_sixteen_visitors_lose_no_request_and_memory_ends_where_it_began(tmp_pat
 
     print(f"{len(said)} answers in {SECONDS:g} s, memory {before / 2**20:.0f} to {after / 2**20:.0f} MB")
     assert len(said) >= VISITORS
-    lvlm = LVLM()
-    expected = {
-        (sample, fix): lvlm.ask(SAMPLES / f"{sample}.png", fix=parse(fix)).text for sample, fix, _ in said
-    }
     assert all(text == expected[sample, fix] for sample, fix, text in said)
     assert "Traceback" not in log
     assert after - before < TOLERATED
