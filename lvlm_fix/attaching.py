@@ -22,6 +22,7 @@ def attach(
     scores: Companion | None = None,
     processor: Any = None,
     images: Sequence[Picture] | None = None,
+    compile: bool = False,
 ) -> Attachment:
     """Put methods on a loaded Hugging Face model, in any order; `model.generate` then runs with them.
 
@@ -41,6 +42,8 @@ def attach(
         scores: what scores image tokens instead of the model's own vision tower, such as `CLSFrom(open_clip_model)`.
         processor: for `"auto"`, the model's; None loads it from where the model came from.
         images: for `"auto"`, a few pictures like those that will be asked about; None for some that ship.
+        compile: run every decoding step after a prompt with pictures as one graph of `torch.compile`. The first takes
+            some seconds more, those of later calls and attachments to the same model do not; the tokens are the same.
 
     Returns:
         A handle: leave its `with`, or call `detach()`, and the model is what it was. `report` tells what was done.
@@ -48,7 +51,7 @@ def attach(
     Raises:
         UnsupportedModelError: the model is of no supported family; the message names them.
         AttachError: no method, the same method twice, or a model that already carries methods; `"auto"` beside other
-            methods, or without a processor that can be found.
+            methods, or without a processor that can be found; `compile` without a C++ compiler on a CPU.
 
     >>> from lvlm_fix import VTCCLS, attach, load
     >>> model, processor = load()
@@ -60,7 +63,7 @@ def attach(
         raise AttachError("attach needs at least one method, such as attach(model, VTCCLS(keep=64))")
     if "auto" in methods:
         methods = _chosen(model, methods, scores, processor, images)
-    return Attachment(model, methods, scores)  # type: ignore[arg-type]  # check refuses what is no method
+    return Attachment(model, methods, scores, compile)  # type: ignore[arg-type]  # check refuses what is no method
 
 
 def _chosen(

@@ -25,7 +25,13 @@ _ABSENT = object()
 class Attachment:
     """Methods on a model; made by `attach`. Use it in a `with`, or call `detach()`."""
 
-    def __init__(self, model: Any, methods: tuple[Method, ...], scores: Companion | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        methods: tuple[Method, ...],
+        scores: Companion | None = None,
+        compile: bool = False,
+    ) -> None:
         family = check(model, methods)
         if scores is not None and not callable(getattr(scores, "maps", None)):
             raise AttachError(
@@ -35,7 +41,7 @@ class Attachment:
         prepared = tuple(method.prepare(model) for method in methods)
         with _naming_what_is_assumed(family):
             generator, encoder = family.generator(model), family.encoder(model)
-            self._pipeline = Pipeline(model, family, prepared, generator.forward, scores)
+            self._pipeline = Pipeline(model, family, prepared, generator.forward, scores, compile)
         self._attached = bool(methods)  # "auto" may have found none
         if not methods:
             return

@@ -126,6 +126,21 @@ class MethodAttention:
             self._keep(this, step)
         return output.transpose(1, 2).contiguous(), None
 
+    def attend_next(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options: Any
+    ) -> Tensor:
+        """Attention (R, 1, H, D) of one new token, whose key and value (R, Hkv, 1, D) are cached first.
+
+        For compiled steps, in which the model's own code does not reach the cache.
+        """
+        this = _PASS.get()
+        assert this is not None and isinstance(this.cache, BranchedCache)
+        _refuse_what_is_not_plain_attention(this.real.shape[1], options)
+        this.layers_seen += 1
+        key, value = this.cache.update(key, value, layer)
+        output = self._attend_next(this.cache, this, layer, query, key, value, scaling)
+        return output.transpose(1, 2).contiguous()
+
     def _attend_next(
         self,
         cache: BranchedCache,
@@ -259,8 +274,8 @@ def _refuse_what_is_not_plain_attention(columns: int, options: dict[str, Any]) -
     if own or (window is not None and columns > window):
         raise UnsupportedModelError(
             "this decoder caps its attention logits, slides a window over its keys or has a sink that is no token: "
-            "VAR and ZipVL work on plain causal attention; attach methods without the attention stage, such as VTCCLS "
-            "or DAMRO"
+            "VAR, ZipVL and compile=True work on plain causal attention; attach methods without the attention stage, "
+            "such as VTCCLS or DAMRO"
         )
 
 

@@ -69,10 +69,24 @@ def plain(model: Any, inputs: Mapping[str, Any]) -> Iterator[Generate]:
 
 
 @contextmanager
-def fixed(model: Any, inputs: Mapping[str, Any], methods: tuple[Method, ...]) -> Iterator[Generate]:
+def fixed(
+    model: Any, inputs: Mapping[str, Any], methods: tuple[Method, ...], compile: bool = False
+) -> Iterator[Generate]:
     """The same with methods attached."""
-    with Attachment(model, methods), plain(model, inputs) as generate:
+    with Attachment(model, methods, compile=compile), plain(model, inputs) as generate:
         yield generate
+
+
+@contextmanager
+def plain_compiled(model: Any, inputs: Mapping[str, Any]) -> Iterator[Generate]:
+    """`plain` as transformers' guide compiles it: a static KV cache, and `torch.compile` over the forward pass."""
+    compiled = torch.compile(model.forward)
+    with plain(model, dict(inputs) | {"cache_implementation": "static"}) as generate:
+        model.forward = compiled
+        try:
+            yield generate
+        finally:
+            del model.forward
 
 
 Contestant = Callable[[], AbstractContextManager[Generate]]

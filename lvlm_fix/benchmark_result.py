@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,17 @@ from typing import Any
 
 import torch
 
-from lvlm_fix.benchmark import Contestant, compete, fixed, plain, scoring_share, summary
+from lvlm_fix.benchmark import (
+    CLOCKS,
+    Contestant,
+    Stopwatch,
+    compete,
+    fixed,
+    plain,
+    plain_compiled,
+    scoring_share,
+    summary,
+)
 from lvlm_fix.benchmark_models import Subject, inputs_of
 from lvlm_fix.benchmark_reference import reference as by_reference
 from lvlm_fix.errors import PremiseWarning
@@ -33,6 +44,7 @@ def measured(
     rounds: int,
     clock: str,
     reference: bool = False,
+    compiled: bool = False,
     show: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Time plain and every setting for each batch size and prompt length.
@@ -43,6 +55,7 @@ def measured(
         batch_sizes, prompt_tokens: every pair is a case; None is the prompt as it is.
         new_tokens, rounds, clock: see `compete`.
         reference: also time the reference formulas of the settings that have some.
+        compiled: also time plain and every setting with compiled decoding steps.
         show: told what is going on.
 
     Raises:
@@ -55,15 +68,13 @@ def measured(
     for rows in batch_sizes:
         for length in prompt_tokens:
             inputs = inputs_of(subject, rows, length)
-            contestants: dict[str, Contestant] = {PLAIN: functools.partial(plain, model, inputs)}
-            for name, methods in settings.items():
-                if methods:
-                    contestants[name] = functools.partial(fixed, model, inputs, methods)
-                # ZipVL's reference code is not public.
-                if reference and methods and not any(isinstance(method, ZipVL) for method in methods):
-                    contestants[f"reference: {name}"] = functools.partial(
-                        by_reference, model, inputs, methods
-                    )
+            contestants = _contestants(model, inputs, settings, reference)
+            late = _compiled(model, inputs, settings) if compiled else {}
+            first = {}
+            for name, contestant in late.items():
+                show(f"compiling {name}, batch of {rows}")
+                first[name] = _first_run(contestant, new_tokens)
+            contestants |= late
             show(f"timing {len(contestants)} settings, batch of {rows}")
             share = None
             with warnings.catch_warnings():
@@ -78,6 +89,7 @@ def measured(
                     "prompt_tokens": inputs["input_ids"].shape[1],
                     "settings": summary(runs, rows, PLAIN),
                     "scoring_share": share,
+                    "first_compiled_run": first,
                 }
             )
     return {
@@ -90,6 +102,38 @@ def measured(
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
         "cases": cases,
     }
+
+
+def _contestants(
+    model: Any, inputs: Mapping[str, Any], settings: Mapping[str, tuple[Method, ...]], reference: bool
+) -> dict[str, Contestant]:
+    made: dict[str, Contestant] = {PLAIN: functools.partial(plain, model, inputs)}
+    for name, methods in settings.items():
+        if methods:
+            made[name] = functools.partial(fixed, model, inputs, methods)
+        # ZipVL's reference code is not public.
+        if reference and methods and not any(isinstance(method, ZipVL) for method in methods):
+            made[f"reference: {name}"] = functools.partial(by_reference, model, inputs, methods)
+    return made
+
+
+def _compiled(
+    model: Any, inputs: Mapping[str, Any], settings: Mapping[str, tuple[Method, ...]]
+) -> dict[str, Contestant]:
+    made: dict[str, Contestant] = {f"compiled: {PLAIN}": functools.partial(plain_compiled, model, inputs)}
+    for name, methods in settings.items():
+        if methods:
+            made[f"compiled: {name}"] = functools.partial(fixed, model, inputs, methods, compile=True)
+    return made
+
+
+def _first_run(contestant: Contestant, new_tokens: int) -> float:
+    """Seconds of an answer in which whatever there is to compile is compiled."""
+    start = time.perf_counter()
+    with warnings.catch_warnings(), contestant() as generate, torch.inference_mode():
+        warnings.simplefilter("ignore", PremiseWarning)
+        generate(new_tokens, Stopwatch(CLOCKS["wall"]))
+    return time.perf_counter() - start
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class ImageEncoder:
         self.recorder = TowerRecorder(model, family, scoring) if scoring and companion is None else None
         self.plain: Callable = family.encoder(model).get_image_features
         self.signature = inspect.signature(self.plain)
-        self.arguments = tuple(self.signature.parameters)
+        # Older transformers name here what is asked of the decoder too.
+        self.arguments = tuple(name for name in self.signature.parameters if not name.startswith("output_"))
         self.known: dict[int, Encoded] = {}  # by the identity of an image's features
         self.unused = False  # encoded, and not yet looked for in a prompt
 

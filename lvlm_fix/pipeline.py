@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lvlm_fix.attention import MethodAttention, Pass, first_query
 from lvlm_fix.cache import NAMES, Branch, BranchedCache, cache_name
+from lvlm_fix.compiling import CompiledStep
 from lvlm_fix.encoding import Companion, Encoded, ImageEncoder
 from lvlm_fix.errors import PromptError, UnsupportedModelError
 from lvlm_fix.first_look import FirstLook
@@ -60,6 +61,7 @@ class Pipeline:
         methods: tuple[Method, ...],
         plain_forward: Callable,
         companion: Companion | None = None,
+        compiled: bool = False,
     ) -> None:
         self.model, self.family, self.methods, self.plain_forward = model, family, methods, plain_forward
         self.cache_name = cache_name(family.generator(model))
@@ -69,7 +71,11 @@ class Pipeline:
         self.encoder = ImageEncoder(model, family, scoring, companion)
         attends = bool({"attention", "cache"} & stages)
         self.attention = MethodAttention(model, family, methods) if attends else None
-        self.step = Stepper(plain_forward, methods, self.attention)
+        step = None
+        if compiled:
+            attention = self.attention or MethodAttention(model, family, ())
+            step = CompiledStep(plain_forward, attention, model.device)
+        self.step = Stepper(plain_forward, methods, self.attention, step)
         self.taken: WeakSet[Cache] = WeakSet()
         self.report: Report | None = None
         self.first_look = FirstLook()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lvlm_fix.attention import MethodAttention, Pass
 from lvlm_fix.cache import BranchedCache
+from lvlm_fix.compiling import CompiledStep
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
 from lvlm_fix.reporting import Report
@@ -20,8 +21,13 @@ class Stepper:
     """Goes on from a `BranchedCache` by `plain_forward`, the model's own forward pass."""
 
     def __init__(
-        self, plain_forward: Callable, methods: Sequence[Method], attention: MethodAttention | None
+        self,
+        plain_forward: Callable,
+        methods: Sequence[Method],
+        attention: MethodAttention | None,
+        compiled: CompiledStep | None = None,
     ) -> None:
+        self.compiled = compiled
         self.plain_forward, self.methods, self.attention = plain_forward, frozenset(methods), attention
         self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
 
@@ -81,11 +87,13 @@ class Stepper:
             ids, mask, positions = cache.step_inputs(input_ids)
             real = cache.real(input_ids.shape[1])
         inputs = kwargs | {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        start = torch.zeros_like(cache.next_position)
+        this = Pass(real, cache.image_mask, start, cache, False, cache.sinks)
+        looked_into = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
+        if self.compiled is not None and ids.shape[1] == 1 and not looked_into:
+            return self.compiled(this, cache, inputs)
         inputs |= {cache.name: cache}
-        context: Any = nullcontext()
-        if self.attention is not None:
-            start = torch.zeros_like(cache.next_position)
-            context = self.attention.running(Pass(real, cache.image_mask, start, cache, False, cache.sinks))
+        context: Any = nullcontext() if self.attention is None else self.attention.running(this)
         with context, cache.attached():
             return self.plain_forward(**inputs)
 

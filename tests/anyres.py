@@ -97,8 +97,8 @@ def ask(processor, *rows):
     return processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
 
 
-def run(model, fix, inputs, **options):
-    with attach(model, *fix) if fix else contextlib.nullcontext():
+def run(model, fix, inputs, compile=False, **options):
+    with attach(model, *fix, compile=compile) if fix else contextlib.nullcontext():
         return model.generate(**inputs, **{"max_new_tokens": 5, "do_sample": False} | options)
 
 

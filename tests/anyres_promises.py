@@ -179,6 +179,17 @@ class FamilyTests:
             assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
 
     @torch.inference_mode()
+    def test_compiled_steps_say_the_same(self, loaded, doubles):
+        """In float64, where no rounding chooses another of ZipVL's codes."""
+        double = copy.deepcopy(loaded[0]).double()
+        inputs = ask(loaded[1], *BATCHES["rows of different length"]).to(torch.float64)
+        plainly, compiled = (
+            with_logits(double, FIXES["all"], inputs, compile=compile) for compile in (False, True)
+        )
+        assert torch.equal(compiled.sequences, plainly.sequences)
+        assert max(map(largest_difference, compiled.logits, plainly.logits)) < TOLERANCE
+
+    @torch.inference_mode()
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
     def test_a_padded_batch_says_what_its_rows_say_alone(self, loaded, fix, options):
         model, processor = loaded

@@ -135,14 +135,14 @@ def until_end(model, ids: list[int]) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def run(model, fix, inputs, **options):
-    with attach(model, *fix) if fix else contextlib.nullcontext():
+def run(model, fix, inputs, compile=False, **options):
+    with attach(model, *fix, compile=compile) if fix else contextlib.nullcontext():
         return model.generate(**inputs, **{"max_new_tokens": STEPS, "do_sample": False} | options)
 
 
-def logits_of(model, fix, inputs):
+def logits_of(model, fix, inputs, **options):
     """Logits of every step, and the ids."""
-    options = {"output_logits": True, "return_dict_in_generate": True, "min_new_tokens": STEPS}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "min_new_tokens": STEPS}
     output = run(model, fix, inputs, **options)
     return output.logits, output.sequences
 
@@ -279,6 +279,15 @@ class FamilyChecks:
         for logits, sequences in results[1:]:
             assert torch.equal(sequences, results[0][1])
             assert all(torch.equal(a, b) for a, b in zip(logits, results[0][0], strict=True))
+
+    @torch.inference_mode()
+    def test_compiled_steps_say_the_same(self, precise):
+        """In float64, where no rounding chooses another of ZipVL's codes."""
+        model, inputs, _ = precise
+        logits, sequences = logits_of(model, FIXES["all"], inputs)
+        compiled, said = logits_of(model, FIXES["all"], inputs, compile=True)
+        assert torch.equal(said, sequences)
+        assert max(map(largest_difference, compiled, logits)) < TOLERANCE
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
     @pytest.mark.parametrize("name", ["vtc_cls damro", "var", "zipvl", "all"])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lvlm_fix import DAMRO, VAR, VTCCLS, ZipVL
-from lvlm_fix.benchmark import Stopwatch, cache_bytes, compete, fixed, plain, summary
+from lvlm_fix.benchmark import Stopwatch, cache_bytes, compete, fixed, plain, plain_compiled, summary
 from lvlm_fix.benchmark_models import Subject, inputs_of, subject
 from lvlm_fix.benchmark_peer import interpreter
 from lvlm_fix.benchmark_reference import reference
@@ -108,6 +108,29 @@ def test_an_attached_setting_leaves_the_model_as_it_was(tiny):
     answer(reference(tiny.model, inputs, SETTINGS["damro and var"]), length=3)
     assert tiny.model.forward == before
     assert tiny.model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_compiled_runs_say_what_plain_ones_say(tiny):
+    inputs = inputs_of(tiny, rows=2)
+    before = tiny.model.forward
+    plainly = answer(plain(tiny.model, inputs)).sequences
+    assert answer(plain_compiled(tiny.model, inputs)).sequences.tolist() == plainly.tolist()
+    methods = SETTINGS["damro and var"]
+    fixed_, compiled = (
+        answer(fixed(tiny.model, inputs, methods, compile)).sequences for compile in (False, True)
+    )
+    assert compiled.tolist() == fixed_.tolist()
+    assert tiny.model.forward == before
+
+
+def test_compiled_settings_stand_beside_the_others(monkeypatch, capfd):
+    words = ["--model", "random:tiny", "--fix", "damro", "--new-tokens", 3, "--rounds", 2, "--compile"]
+    code, out, err = typed(monkeypatch, capfd, *words, "--json", "-")
+    assert code == 0, err
+    (case,) = json.loads(out)["cases"]
+    assert list(case["settings"]) == ["plain", "damro", "compiled: plain", "compiled: damro"]
+    assert set(case["first_compiled_run"]) == {"compiled: plain", "compiled: damro"}
+    assert min(case["first_compiled_run"].values()) > 0
 
 
 def test_longer_prompts_repeat_the_words_after_the_picture(real):

@@ -209,6 +209,16 @@ def test_the_order_of_methods_does_not_matter(loaded, inputs):
         assert all(torch.equal(a, b) for a, b in zip(logits, results[0][0], strict=True))
 
 
+@torch.inference_mode()
+def test_compiled_steps_say_the_same(loaded, inputs):
+    """In float64, where no rounding chooses another of ZipVL's codes."""
+    double, inputs = copy.deepcopy(loaded[0]).double(), copy.deepcopy(inputs).to(torch.float64)
+    logits, sequences = logits_of(double, FIXES["all"], inputs)
+    compiled, said = logits_of(double, FIXES["all"], inputs, compile=True)
+    assert torch.equal(said, sequences)
+    assert max(map(largest_difference, compiled, logits)) < TOLERANCE
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("name", FIXES)
 def test_a_padded_batch_says_what_its_rows_say_alone(loaded, rows, inputs, name, options):

@@ -31,6 +31,12 @@ def bench(
             "--reference", help="Also the methods' reference formulas, restated: eager, two passes."
         ),
     ] = False,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Also plain and the settings with decoding steps that torch.compile made."
+        ),
+    ] = False,
     peer: Annotated[
         str | None, typer.Option(help="mitigv: its VCD, M3ID and ICD, one picture, natural prompt.")
     ] = None,
@@ -94,6 +100,7 @@ def bench(
             rounds=rounds,
             clock=clock,
             reference=reference,
+            compiled=compile_,
             show=show,
         )
         if peer is not None:
@@ -152,6 +159,11 @@ def _print(result: dict[str, Any]) -> None:
         if share is not None:
             console.print(
                 f"CLS scoring: {share['median']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of the tower's time"
+            )
+        if case["first_compiled_run"]:
+            longest = max(case["first_compiled_run"].values())
+            console.print(
+                f"the first run of each that is compiled took up to {longest:.0f} s and is not counted"
             )
     if "peer" in result:
         table = Table(title=f"{result['peer']['name']} against its own plain, one picture")
