@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,6 +89,9 @@ def bench(
         from lvlm_fix.benchmark_models import subject
         from lvlm_fix.benchmark_result import measured
 
+        if compile_:  # of graph breaks in the plain model's own prefill nobody can do anything
+            for name in ("torch._dynamo", "torch.utils.cpp_extension"):
+                logging.getLogger(name).setLevel(logging.ERROR)
         if threads is not None:
             torch.set_num_threads(threads)
         chosen = subject(_quietly(model), device, dtype)
