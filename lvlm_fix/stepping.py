@@ -87,13 +87,17 @@ class Stepper:
             ids, mask, positions = cache.step_inputs(input_ids)
             real = cache.real(input_ids.shape[1])
         inputs = kwargs | {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        start = torch.zeros_like(cache.next_position)
-        this = Pass(real, cache.image_mask, start, cache, False, cache.sinks)
         looked_into = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        if self.compiled is not None and ids.shape[1] == 1 and not looked_into:
-            return self.compiled(this, cache, inputs)
+        compiled = self.compiled if ids.shape[1] == 1 and not looked_into else None
+        attention = self.attention if compiled is None else compiled.attention
+        context: Any = nullcontext()
+        if attention is not None:
+            start = torch.zeros_like(cache.next_position)
+            this = Pass(real, cache.image_mask, start, cache, False, cache.sinks)
+            if compiled is not None:
+                return compiled(this, cache, inputs)
+            context = attention.running(this)
         inputs |= {cache.name: cache}
-        context: Any = nullcontext() if self.attention is None else self.attention.running(this)
         with context, cache.attached():
             return self.plain_forward(**inputs)
 

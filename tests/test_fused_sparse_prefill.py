@@ -36,6 +36,7 @@ def test_the_interpreter_agrees_with_the_oracle():
         ("float16", 256),
         ("bfloat16", 128),
         ("float32", 128),
+        ("float32", 32),
         ("float16", 96),
     ],
 )

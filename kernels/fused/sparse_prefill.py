@@ -154,10 +154,10 @@ def configuration(padded: int, dtype: torch.dtype, capability: int) -> dict[str,
     a head size of 128; at 256 it would take 128, so there 64 queries. sm_80 holds the operands of its products in
     registers too, which sm_90 reads from shared memory: half the keys at a time, and one block ahead instead of
     two, keep it from spilling. float32 is multiplied as three products of its split halves, whose parts fill the
-    registers at 16 queries.
+    registers at 16 queries; small heads leave eight warps too little to share.
     """
     if dtype == torch.float32:
-        return {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 4 if padded <= 32 else 8, "num_stages": 2}
     if padded > 128:
         return {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if padded == 128 and not is_hopper(capability):
