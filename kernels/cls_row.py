@@ -5,6 +5,8 @@ heads is laid out as a block-diagonal (C, H) matrix, so that keys (T, C) are rea
 per head would first copy them into the order of the heads, which takes longer than H times the arithmetic.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from lvlm_fix._tensors import require, sizes, wide
 from lvlm_fix.kernels.dispatch import note, require_one_device, require_one_dtype
 from lvlm_fix.kernels.fused.launch import fits
 
-__all__ = ["cls_row"]
+__all__ = ["cls_row", "rows_of_layers"]
 
 
 @torch.no_grad()
@@ -56,13 +58,24 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 
 def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
-    by_head = wide(query[:, 0]).unflatten(-1, (num_heads, -1)) * (key.shape[-1] // num_heads) ** -0.5
-    if len(key) == 1:
-        # Heads are the one batch dimension, which can be walked without a copy.
-        logits = by_head[:, :, None] @ wide(key).unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1)
-        return logits[:, :, 0].softmax(-1).mean(1)[:, 1:]
-    if num_heads == 1:
-        logits = torch.einsum("bhd,bthd->bth", by_head, wide(key).unflatten(-1, (num_heads, -1)))
-    else:
-        logits = wide(key) @ torch.diag_embed(by_head.mT, dim1=1, dim2=3).flatten(1, 2)
-    return logits.softmax(1).mean(-1)[:, 1:]
+    by_head = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key))
+    return rows_of_layers(*([x] for x in by_head))[0]
+
+
+def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`cls_row` on torch, unchecked: (B, N) of each layer's CLS query (B, H, 1, D) and key (B, H, N + 1, D)."""
+    images, heads, tokens, width = keys[0].shape
+    logits = [_logits(query, key) for query, key in zip(queries, keys, strict=True)]
+    together = torch.cat(logits) if len(logits) > 1 else logits[0]
+    weights = (together * width**-0.5).softmax(-1)[:, :, 0, 1:]
+    rows = weights.mean(1) if heads > 1 else weights[:, 0]
+    return rows.view(-1, images, tokens - 1).unbind()
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    asking, asked = wide(query), wide(key)
+    if key.shape[0] == 1 or key.shape[1] == 1:
+        # Heads, or images, are the one batch dimension, which can be walked without a copy.
+        return asking @ asked.mT
+    by_head = torch.diag_embed(asking[:, :, 0].mT, dim1=1, dim2=3).flatten(1, 2)
+    return (asked.transpose(1, 2).flatten(2) @ by_head).mT[:, :, None]

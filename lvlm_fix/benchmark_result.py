@@ -62,9 +62,9 @@ def measured(
         ValueError: see `compete`, `inputs_of` and `reference`.
     """
     model, cases = subject.model, []
-    scored = next(
-        (methods for methods in settings.values() if {DAMRO, VTCCLS} & set(map(type, methods))), None
-    )
+    scored = {
+        name: methods for name, methods in settings.items() if {DAMRO, VTCCLS} & set(map(type, methods))
+    }
     for rows in batch_sizes:
         for length in prompt_tokens:
             inputs = inputs_of(subject, rows, length)
@@ -76,19 +76,20 @@ def measured(
                 first[name] = _first_run(contestant, new_tokens)
             contestants |= late
             show(f"timing {len(contestants)} settings, batch of {rows}")
-            share = None
             with warnings.catch_warnings():
                 # What is timed is not whether a method helps.
                 warnings.simplefilter("ignore", PremiseWarning)
                 runs = compete(contestants, new_tokens, rounds, clock, model.device)
-                if scored is not None:
-                    share = scoring_share(model, inputs, scored, 2 * rounds, clock)
+                shares = {
+                    name: scoring_share(model, inputs, methods, 4 * rounds, clock)
+                    for name, methods in scored.items()
+                }
             cases.append(
                 {
                     "batch_size": rows,
                     "prompt_tokens": inputs["input_ids"].shape[1],
                     "settings": summary(runs, rows, PLAIN),
-                    "scoring_share": share,
+                    "scoring_share": shares,
                     "first_compiled_run": first,
                 }
             )

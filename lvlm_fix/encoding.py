@@ -75,8 +75,7 @@ class ImageEncoder:
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, whose result `generate` hands on to the prefill."""
-        inputs = dict(self.signature.bind(*args, **kwargs).arguments)
-        inputs |= inputs.pop("kwargs", {})
+        inputs = dict(zip(self.signature.parameters, args, strict=False)) | kwargs
         if self.recorder is not None:
             self.recorder.clear()
         result = self.plain(*args, **kwargs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -24,7 +23,7 @@ Proceed = Callable[..., tuple[Tensor, Any]]
 Handler = Callable[..., tuple[Tensor, Any]]
 """Called as (proceed, module, query, key, value, mask, **options); query (B, H, Q, D), output (B, Q, H, D)."""
 
-_HANDLERS: WeakKeyDictionary[nn.Module, Handler] = WeakKeyDictionary()
+_HANDLERS: dict[nn.Module, Handler] = {}
 
 
 class Interception:
@@ -76,11 +75,12 @@ def _registered(original: str, own_mask: Callable | None) -> str:
     """
     name = f"lvlm_fix_over_{original.replace('flash', 'fast')}"
     name += f"_{own_mask.__name__}" if own_mask else ""
+    # Each file of models has an eager attention of its own.
+    implementation: Any = ALL_ATTENTION_FUNCTIONS.get(original)
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         handler = _HANDLERS.get(module)
-        default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        proceed = ALL_ATTENTION_FUNCTIONS.get_interface(original, default)
+        proceed = implementation or sys.modules[type(module).__module__].eager_attention_forward
         return (
             proceed(module, *args, **kwargs) if handler is None else handler(proceed, module, *args, **kwargs)
         )

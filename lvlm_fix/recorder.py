@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lvlm_fix.interception import Interception, Proceed
-from lvlm_fix.kernels import cls_row
+from lvlm_fix.kernels.cls_row import cls_row, rows_of_layers
+from lvlm_fix.kernels.fused.launch import fits
 from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 
-TOGETHER = 2**26
-"""Bytes of queries and keys that may wait to be scored together: a call for many layers costs what one for one does."""
+WAITING_ON_GPU = 2**26
+"""Bytes of queries and keys that may wait: a launch for many layers costs what one for one does."""
+
+WAITING = 2**20
+"""The same elsewhere: after the tower's products, code is read from far off, so that the first row costs three times
+the next. Of what is larger, the layers to come have more use: they would have to do without its memory.
+"""
 
 PROBES = 64
 """Query rows whose mean stands for the attention that a patch receives, in towers without a CLS token."""
@@ -24,8 +31,8 @@ PROBES = 64
 class TowerRecorder:
     """Stands beside the tower's attention, which runs as configured; no attention matrix is made.
 
-    With a CLS token its row is read, of as many layers at once as fit. Without, the row of the tower's pooling query
-    stands for all layers, and where nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
+    With a CLS token its row is read. Without, the row of the tower's pooling query stands for all layers, and where
+    nothing is pooled either, the mean over `PROBES` evenly spaced query rows.
     """
 
     def __init__(self, model: nn.Module, family: Family, scoring: Sequence[Method]) -> None:
@@ -36,14 +43,16 @@ class TowerRecorder:
             else "pooling attention"
         )
         self.source = "cls" if family.has_cls else without_cls
-        self.has_cls, self.full_width = family.has_cls, family.full_width
+        self.has_cls = family.has_cls
         layers = family.tower_attention(model)
         self.count, self.feature_layer = len(layers), family.feature_layer(model)
-        wanted = {layer for method in scoring for layer in method.scored_layers(self.count)}
+        full_width = family.has_cls and family.full_width
+        self.feature_row = self.count if full_width else self.feature_layer
         # What no method asks for is not read: a row costs little, but there are as many as layers.
-        self.read = wanted | {self.feature_layer}
-        self.index = {id(layer): index for index, layer in enumerate(layers)}
-        self.interception = Interception(layers, self._attend)
+        self.by_head = {layer for method in scoring for layer in method.scored_layers(self.count)}
+        self.by_head |= set() if full_width else {self.feature_layer}
+        self.index = {id(layers[layer]): layer for layer in self.by_head | {self.feature_layer}}
+        self.interception = Interception([layers[layer] for layer in self.index.values()], self._attend)
         self.hook: RemovableHandle | None = None
         self.clear()
 
@@ -61,50 +70,44 @@ class TowerRecorder:
 
     def clear(self) -> None:
         self.pooled: list[Tensor] = []
-        self.rows: list[list[Tensor]] = [[] for _ in range(self.count)]
-        self.feature_rows: list[Tensor] = []
         self.waiting: list[tuple[int, Tensor, Tensor]] = []
+        # Rows (B, N) by layer, `count` standing for the one over the full width; one for each call of the tower.
+        self.rows: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def _attend(
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        index, mask = self.index[id(module)], args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if index not in self.read:
-            return proceed(module, query, key, *args, **kwargs)
+        layer = self.index[id(module)]
         if self.has_cls:
-            self._wait(index, query, key)
+            self._wait(layer, query, key)
         else:
-            row = _received(query, key, mask)
-            self.rows[index].extend(row)
-            if index == self.feature_layer:
-                self.feature_rows.extend(row)
+            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+            self.rows[layer].append(_received(query, key, mask))
         return proceed(module, query, key, *args, **kwargs)
 
-    def _wait(self, index: int, query: Tensor, key: Tensor) -> None:
-        """Keep a layer's queries and keys (B, H, N + 1, D) until several layers are scored together."""
-        if self.waiting:
-            first = self.waiting[0][-1]
-            alike = (first.shape, first.device) == (key.shape, key.device)
-            if not alike or 2 * (len(self.waiting) + 1) * key.nbytes > TOGETHER:
-                self._score()
-        self.waiting.append((index, query, key))
+    def _wait(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Keep a layer's query and key (B, H, N + 1, D) until several are read together."""
+        if self.waiting and self.waiting[0][-1].shape != key.shape:
+            self._read()
+        self.waiting.append((layer, query, key))
+        if 2 * (len(self.waiting) + 1) * key.nbytes > (WAITING_ON_GPU if key.is_cuda else WAITING):
+            self._read()
 
-    def _score(self) -> None:
+    def _read(self) -> None:
         """The CLS rows of the layers that wait."""
-        if not self.waiting:
-            return
-        indices, queries, keys = zip(*self.waiting, strict=True)
-        heads, crops = keys[0].shape[1], len(keys[0])
-        asking = torch.cat([query[:, :, 0] for query in queries]).flatten(1)[:, None]
-        asked = torch.cat([key.transpose(1, 2) for key in keys]).flatten(2)
-        rows = cls_row(asking, asked, heads).split(crops)
-        for layer, index in enumerate(indices):
-            self.rows[index].extend(rows[layer])
-            if index == self.feature_layer:
-                own = slice(layer * crops, (layer + 1) * crops)
-                full_width = cls_row(asking[own], asked[own], 1) if self.full_width else rows[layer]
-                self.feature_rows.extend(full_width)
+        by_head, full_width = [], []
+        for layer, query, key in self.waiting:
+            query = query[:, :, :1]
+            if layer in self.by_head:
+                by_head.append((layer, query, key))
+            if layer == self.feature_layer and self.feature_row == self.count:
+                full_width.append((self.count, _as_one_head(query), _as_one_head(key)))
         self.waiting.clear()
+        for asked in filter(None, (by_head, full_width)):
+            indices, queries, keys = zip(*asked, strict=True)
+            rows = _in_one_launch(queries, keys) if fits(keys[0]) else rows_of_layers(queries, keys)
+            for index, row in zip(indices, rows, strict=True):
+                self.rows[index].append(row)
 
     def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
         self.pooled.extend(_pooled(module, *args[:2]))
@@ -118,19 +121,35 @@ class TowerRecorder:
             found = [row.expand(self.count + 1, -1) for row in self.pooled]
             self.clear()
             return found
-        self._score()
-        if not self.feature_rows or len({len(self.rows[layer]) for layer in self.read}) != 1:
+        self._read()
+        calls = {len(rows) for rows in self.rows.values()}
+        if self.rows.keys() != self.by_head | {self.feature_row} or len(calls) > 1:
             raise RuntimeError(
                 "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "
                 "interface once for each crop"
             )
-        found = []
-        for crop, feature in enumerate(self.feature_rows):
+        tables: list[Tensor] = []
+        for call in range(calls.pop()):
+            rows = {index: rows[call] for index, rows in self.rows.items()}
+            feature = rows[self.feature_row]
             unread = torch.full_like(feature, torch.nan)
-            rows = [self.rows[layer][crop] if layer in self.read else unread for layer in range(self.count)]
-            found.append(torch.stack([*rows, feature]))
+            table = [*(rows.get(layer, unread) for layer in range(self.count)), feature]
+            # To iterate over a tensor costs ten times its `unbind`.
+            tables += torch.stack(table, 1).detach().unbind()
         self.clear()
-        return found
+        return tables
+
+
+def _as_one_head(x: Tensor) -> Tensor:
+    """(B, H, T, D) as (B, 1, T, C)."""
+    return x.transpose(1, 2).reshape(x.shape[0], 1, x.shape[2], -1)
+
+
+def _in_one_launch(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:
+    """CLS rows (B, N) of queries (B, H, 1, D) and keys (B, H, N + 1, D)."""
+    by_token = ([x.transpose(1, 2) for x in of] for of in (queries, keys))
+    query, key = ((torch.cat(of) if len(of) > 1 else of[0]).flatten(2) for of in by_token)
+    return cls_row(query, key, keys[0].shape[1]).split(len(keys[0]))
 
 
 def _received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

@@ -159,10 +159,10 @@ def _print(result: dict[str, Any]) -> None:
         for name, entry in case["settings"].items():
             table.add_row(name, *_cells(entry))
         console.print(table)
-        share = case["scoring_share"]
-        if share is not None:
+        for name, share in case["scoring_share"].items():
             console.print(
-                f"CLS scoring: {share['median']:.1%} [{share['low']:.1%}, {share['high']:.1%}] of the tower's time"
+                f"{name}: CLS scoring adds {share['median']:.1%} [{share['low']:.1%}, {share['high']:.1%}] to the "
+                "tower's time"
             )
         if case["first_compiled_run"]:
             longest = max(case["first_compiled_run"].values())

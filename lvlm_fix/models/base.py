@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lvlm_fix.errors import UnsupportedModelError
@@ -77,7 +76,7 @@ class Family(ABC):
 
     def pixels(self, model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The crops (3, H, W) that went through the tower, from the arguments of `get_image_features`."""
-        return list(inputs["pixel_values"].flatten(0, -4))
+        return list(inputs["pixel_values"].flatten(0, -4).unbind())
 
     def token_grids(self, model: Any, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
         """Rows and columns of each crop's image tokens, after any merging of patches."""
@@ -181,5 +180,6 @@ def _merge(scores: Tensor, grid: tuple[int, int]) -> Tensor:
             f"the tower gives {scores.shape[-1]} patches a crop, which do not merge into {rows} x {columns} image "
             "tokens"
         )
-    blocks = scores.reshape(-1, rows, block, columns, block)
-    return blocks.mean((2, 4)) if block > 1 else torch.squeeze(blocks, (2, 4))
+    if block == 1:
+        return scores.reshape(-1, rows, columns)
+    return scores.reshape(-1, rows, block, columns, block).mean((2, 4))
