@@ -22,6 +22,9 @@ from lvlm_fix.models import family_of
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts the seconds that this process was given: on a machine that others use, wall time also counts theirs."""
 
+PICTURES = 10
+"""How often one attachment sees the picture while the tower is timed: whoever serves a model attaches once."""
+
 Generate = Callable[..., Any]
 """Called as (new_tokens, streamer); returns what `generate` does: `sequences`, and the KV cache by one of its names."""
 
@@ -230,8 +233,9 @@ def scoring_share(
                     encoder.get_image_features(**own)
                     _wait(model.device)
                     start = CLOCKS[clock]()
-                    encoder.get_image_features(**own)
-                    _wait(model.device)
+                    for _ in range(PICTURES):
+                        encoder.get_image_features(**own)
+                        _wait(model.device)
                     times[scored].append(CLOCKS[clock]() - start)
     return spread([after / before - 1 for before, after in zip(times[False], times[True], strict=True)])
 

@@ -81,7 +81,7 @@ def measured(
                 warnings.simplefilter("ignore", PremiseWarning)
                 runs = compete(contestants, new_tokens, rounds, clock, model.device)
                 shares = {
-                    name: scoring_share(model, inputs, methods, 4 * rounds, clock)
+                    name: scoring_share(model, inputs, methods, 2 * rounds, clock)
                     for name, methods in scored.items()
                 }
             cases.append(
