@@ -57,6 +57,7 @@ class MethodAttention:
 
     def __init__(self, model: Any, family: Family, methods: tuple[Method, ...]) -> None:
         self.methods = tuple(method for method in methods if {"attention", "cache"} & set(method.stages()))
+        self.steady = all(method.steady for method in self.methods)
         self.modules = family.decoder_attention(model)
         self.decoder_layers = list(family.decoder(model).layers)
         self.index = {id(module): index for index, module in enumerate(self.modules)}
@@ -153,6 +154,8 @@ class MethodAttention:
     ) -> Tensor:
         """Attention of one new token, by what the cache remembers of the keys."""
         slots = cache.slots(layer, key, this.sinks.get(layer))
+        if layer in slots.settled:
+            return attend(query, key, value, slots, slots.settled[layer], scale)
         real, image_mask, sinks = slots.cut(key.shape[2])
         step = AttentionStep(
             layer=layer,
@@ -191,6 +194,11 @@ class MethodAttention:
             and key.dtype in (torch.float32, torch.float64)
         )
         if known:
+            untouched = (
+                step.query is query and step.key is key and step.value is value and step.scale == scale
+            )
+            if self.steady and untouched:
+                slots.settled[layer] = moved
             return attend(step.query, step.key, step.value, slots, moved, step.scale)
         return _attention(step, unpadded=not slots.hides)
 
@@ -270,7 +278,7 @@ def _widen(mask: Tensor, width: int) -> Tensor:
 
 def _refuse_what_is_not_plain_attention(columns: int, options: dict[str, Any]) -> None:
     window = options.get("sliding_window")
-    own = any(options.get(name) is not None for name in ("softcap", "s_aux"))
+    own = options.get("softcap") is not None or options.get("s_aux") is not None
     if own or (window is not None and columns > window):
         raise UnsupportedModelError(
             "this decoder caps its attention logits, slides a window over its keys or has a sink that is no token: "

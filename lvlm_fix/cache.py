@@ -94,6 +94,7 @@ class BranchedCache(Cache):
         self.image_mask = torch.cat([_pad_left(branch.image_mask, width, dim=1) for branch in branches])
         self.next_position = torch.cat([branch.next_position for branch in branches])
         self.unpadded = bool(self.mask.all())
+        self.slides = any(getattr(layer, "is_sliding", False) for layer in self.layers)
         found = sorted({layer for branch in branches for layer in branch.sinks})
         self.sinks = {layer: _stacked_sinks(branches, layer, width) for layer in found}
         self._slots: dict[Any, tuple[int, Slots]] = {}
@@ -165,19 +166,19 @@ class BranchedCache(Cache):
         """Number of tokens cached after the prompt."""
         return self.get_seq_length() - self.width
 
-    def step_inputs(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Ids, attention mask (None where nothing is padded) and positions of new tokens, for all branches."""
-        ids, done = input_ids.repeat(self.branches, 1), self.generated()
+    def step_inputs(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and positions of new tokens, for all branches."""
+        ids, done = torch.cat([input_ids] * self.branches), self.generated()
         steps = torch.arange(done, done + input_ids.shape[1], device=ids.device)
         positions = self.next_position[:, None] + steps
-        return ids, None if self.unpadded else self.real(input_ids.shape[1]).long(), positions
+        return ids, positions
 
     def real(self, new: int) -> Tensor:
         """(rows of all branches, T) bool: cached columns and `new` further ones that are no padding."""
         after = self.generated() + new
         return torch.cat([self.mask, self.mask.new_ones(len(self.mask), after)], dim=1)
 
-    def continue_inputs(self, input_ids: Tensor, since_prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def continue_inputs(self, input_ids: Tensor, since_prompt: Tensor) -> tuple[Tensor, Tensor]:
         """The same for the next turn of a conversation, whose columns count as prompt from now on.
 
         Args:
@@ -193,7 +194,7 @@ class BranchedCache(Cache):
         self.full_length += since.shape[1]
         self.next_position = self.next_position + since.sum(1)
         self.width, self.unpadded = self.mask.shape[1], bool(self.mask.all())
-        return input_ids.repeat(self.branches, 1), self.mask.long(), positions
+        return input_ids.repeat(self.branches, 1), positions
 
     def _select(self, rows: Tensor) -> None:
         self._slots.clear()

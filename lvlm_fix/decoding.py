@@ -29,6 +29,8 @@ class Slots:
             dtype: of the attention weights.
         """
         self.dtype = dtype
+        # By layer, what steady methods move in it; its masks are those of the step that it was first asked in.
+        self.settled: dict[int, Redistribution | None] = {}
         # Asked once a layer: without hidden keys attention needs no mask in all the steps that follow.
         self.hides = not bool(real.all())
         self._write(real, image, sinks)
@@ -42,17 +44,21 @@ class Slots:
             self.bias = bias.masked_fill_(~self.real, -torch.inf)[:, None, None]
         if self.sinks is not None:
             shown, sunk = self.image & self.real, self.sinks & self.real
-            columns = torch.stack([sunk, shown & ~sunk, shown & sunk], dim=1)
+            columns = torch.stack([shown & ~sunk, sunk, shown], dim=1)
             # Rows without an image sink are left alone, text sinks included: nothing in them can be moved.
             columns = (columns & (shown & sunk).any(-1)[:, None, None]).to(self.dtype)
             # What sinks lose and image tokens that are no sinks gain, (R, 2, T); sums are products with the others.
-            self.exchange = columns[:, :2] * columns.new_tensor([-1, 1])[:, None]
+            self.exchange = columns[:, :2].flip(1) * columns.new_tensor([-1, 1])[:, None]
             self.columns = columns.mT.contiguous()
+
+    def reach(self, keys: int) -> None:
+        """Have masks of at least `keys` keys."""
+        while keys > self.real.shape[1]:
+            self._write(self.real, self.image, self.sinks)
 
     def cut(self, keys: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The masks (R, keys) of the first `keys` keys: real, image and sinks."""
-        while keys > self.real.shape[1]:
-            self._write(self.real, self.image, self.sinks)
+        self.reach(keys)
         sinks = None if self.sinks is None else self.sinks[:, :keys]
         return self.real[:, :keys], self.image[:, :keys], sinks
 
@@ -62,9 +68,11 @@ def attend(
 ) -> Tensor:
     """Attention (R, H, 1, D) of one query row a head, (R, H, 1, D), over keys (R, K, T, D) that fit `slots`.
 
-    `moved` has the masks of `slots`: VAR, arXiv 2503.03321, eq. 3 and 4, as `functional.visual_attention` has them.
+    `moved` says how much is moved, `slots` between which keys: VAR, arXiv 2503.03321, eq. 3 and 4, as
+    `functional.visual_attention` has them.
     """
     keys, shared = key.shape[2], key.shape[1]
+    slots.reach(keys)
     bias = None if slots.bias is None else slots.bias[..., :keys]
     # Heads that share keys become rows of one head, and each key is read once.
     folded = query if query.shape[1] == shared else query.unflatten(1, (shared, -1)).flatten(2, 3)
@@ -76,13 +84,14 @@ def attend(
         logits += bias
     weights = logits.softmax(-1)
     by_head = weights.flatten(1, 2)
-    to_sinks, to_receivers, to_image_sinks = (by_head @ slots.columns[:, :keys]).unbind(-1)
-    to_image = to_receivers + to_image_sinks
-    gate = (to_image >= moved.min_image_attention) & (to_receivers >= moved.rho * to_image)
+    sums = by_head @ slots.columns[:, :keys]
+    to_receivers, to_image = sums[..., :1], sums[..., 2:]
     # Below the smallest normal number there is nobody to give to: the share would overflow.
-    gate &= to_receivers >= torch.finfo(weights.dtype).tiny
-    share = torch.stack([torch.ones_like(to_sinks), to_sinks / to_receivers], dim=-1)
-    change = share.masked_fill_(~gate[..., None], 0) @ slots.exchange[..., :keys]
+    least = (moved.rho * to_image).clamp_min(torch.finfo(weights.dtype).tiny)
+    gate = (to_image >= moved.min_image_attention) & (to_receivers >= least)
+    # 1 of what the sinks lose, and of what the image gains what sinks hold for each unit that receivers hold.
+    share = torch.where(gate, sums[..., :2] / to_receivers, 0)
+    change = share @ slots.exchange[..., :keys]
     # Adding the changed part keeps rows that nothing happens to bit for bit.
     by_head = torch.addcmul(by_head, by_head, change, value=moved.p)
     return (by_head.view_as(weights) @ value).reshape(query.shape)

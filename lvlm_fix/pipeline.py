@@ -75,7 +75,7 @@ class Pipeline:
         if compiled:
             attention = self.attention or MethodAttention(model, family, ())
             step = CompiledStep(plain_forward, attention, model.device)
-        self.step = Stepper(plain_forward, methods, self.attention, step)
+        self.step = Stepper(plain_forward, methods, self.attention, family.decoder(model).config, step)
         self.taken: WeakSet[Cache] = WeakSet()
         self.report: Report | None = None
         self.first_look = FirstLook()

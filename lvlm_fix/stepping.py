@@ -18,16 +18,17 @@ from lvlm_fix.reporting import Report
 
 
 class Stepper:
-    """Goes on from a `BranchedCache` by `plain_forward`, the model's own forward pass."""
+    """Goes on from a `BranchedCache` by `plain_forward`, the model's own forward pass; `config` is the decoder's."""
 
     def __init__(
         self,
         plain_forward: Callable,
         methods: Sequence[Method],
         attention: MethodAttention | None,
+        config: Any,
         compiled: CompiledStep | None = None,
     ) -> None:
-        self.compiled = compiled
+        self.config, self.compiled = config, compiled
         self.plain_forward, self.methods, self.attention = plain_forward, frozenset(methods), attention
         self.contrasting = [method for method in methods if "negative_tokens" in method.stages()]
 
@@ -48,7 +49,7 @@ class Stepper:
             # generate cuts the ids by the cache's length, which pruning made shorter
             input_ids = input_ids[:, -(since_prompt.shape[1] - cache.generated()) :]
         output = self._advance(input_ids, cache, since_prompt, kwargs)
-        parts = output.logits.split(rows)
+        parts = output.logits.unflatten(0, (-1, rows)).unbind() if cache.branches > 1 else (output.logits,)
         stacked, apart, logits = iter(parts[1:]), iter(cache.apart), parts[0]
         for method in self.contrasting:
             unsure = method.unsure(logits[:, -1])
@@ -79,14 +80,13 @@ class Stepper:
         kwargs: dict[str, Any],
     ) -> Any:
         """One pass of all branches that are stacked in `cache`."""
-        mask: Tensor | None
         if since_prompt is not None:
-            ids, mask, positions = cache.continue_inputs(input_ids, since_prompt)
+            ids, positions = cache.continue_inputs(input_ids, since_prompt)
             real = cache.mask
         else:
-            ids, mask, positions = cache.step_inputs(input_ids)
+            ids, positions = cache.step_inputs(input_ids)
             real = cache.real(input_ids.shape[1])
-        inputs = kwargs | {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = kwargs | {"input_ids": ids, "attention_mask": None, "position_ids": positions}
         looked_into = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
         compiled = self.compiled if ids.shape[1] == 1 and not looked_into else None
         attention = self.attention if compiled is None else compiled.attention
@@ -97,9 +97,19 @@ class Stepper:
             if compiled is not None:
                 return compiled(this, cache, inputs)
             context = attention.running(this)
+        if since_prompt is not None or not cache.unpadded:
+            of_one_token = attention is None and ids.shape[1] == 1 and not cache.slides
+            inputs["attention_mask"] = self._mask(real, of_one_token)
         inputs |= {cache.name: cache}
         with context, cache.attached():
             return self.plain_forward(**inputs)
+
+    def _mask(self, real: Tensor, of_one_token: bool) -> Tensor:
+        """Keys that are no padding (R, T), as the model's forward pass takes them."""
+        if of_one_token and self.config._attn_implementation == "sdpa":
+            # What transformers would make of it, in a twentieth of a small model's step.
+            return real[:, None, None]
+        return real.long()
 
 
 def contrasted(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
+from lvlm_fix import DAMRO, VAR, attach, decoding
 from lvlm_fix.decoding import ROOM, Slots, attend
 from lvlm_fix.functional import visual_attention
 from lvlm_fix.kernels import Redistribution
@@ -63,3 +67,37 @@ def test_new_keys_are_real_text():
 def test_without_hidden_keys_no_mask_is_made():
     real, image, _ = masks(2, 14, hidden=False)
     assert Slots(real, image, None, torch.float32).bias is None
+
+
+@dataclass(frozen=True)
+class Counting(VAR):
+    """VAR that says when it is asked how to decode."""
+
+    asked: ClassVar[list[int]] = []
+
+    def attention(self, step):
+        if step.hidden_states is None:
+            self.asked.append(step.layer)
+        return super().attention(step)
+
+
+@pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning")
+@pytest.mark.parametrize("beside", [(), (DAMRO(),)], ids=["alone", "with padding"])
+def test_steady_methods_are_asked_once_a_layer(random_llava, monkeypatch, ask, sample_pictures, beside):
+    monkeypatch.setattr(decoding, "ROOM", 4)  # so that masks are written anew on the way
+    model, processor = random_llava
+    inputs = ask(processor, ([sample_pictures["kitchen"]], "What is in the image?"))
+    method = Counting(p=0.9, rho=0.05, min_image_attention=0.05, tau=9.0, first_layer=1, sink_dims=(39, 20))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_beams": 1}
+    said, asked = {}, {}
+    for steady in (True, False):
+        monkeypatch.setattr(Counting, "steady", steady)
+        Counting.asked.clear()
+        with attach(model, method, *beside):
+            out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+        said[steady], asked[steady] = torch.stack(out.logits), Counting.asked.copy()
+    assert torch.equal(said[True], said[False])
+    layers = list(range(model.config.text_config.num_hidden_layers))
+    assert asked == {True: layers, False: layers * 11}
+    plain = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+    assert not torch.allclose(said[True], torch.stack(plain.logits), atol=1e-3)

@@ -62,6 +62,8 @@ class Method:
     paper: ClassVar[str]
     conflicts: ClassVar[dict[str, str]] = {}
     """Other method's name -> why the two pull against each other."""
+    steady: ClassVar[bool] = False
+    """Whether `attention`, when decoding, goes by the layer and its masks alone: it is then asked once a layer."""
 
     def prepare(self, model: Any) -> Method:
         """The method with what it must know of a model filled in; `attach` asks once."""

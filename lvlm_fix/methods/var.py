@@ -40,6 +40,7 @@ class VAR(Method):
 
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "arXiv 2503.03321"
+    steady: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         shares = all(0 <= value <= 1 for value in (self.p, self.rho, self.min_image_attention))

@@ -42,6 +42,7 @@ class ZipVL(Method):
 
     name: ClassVar[str] = "zipvl"
     paper: ClassVar[str] = "arXiv 2410.08584"
+    steady: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole = all(count == int(count) for count in (self.recent, self.random, self.window))
