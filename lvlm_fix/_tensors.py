@@ -8,7 +8,7 @@ from torch import Tensor
 
 def wide(x: Tensor) -> Tensor:
     """At least float32, so that sums over many tokens keep their digits."""
-    return x if x.dtype.itemsize > 2 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def masked_sum(weights: Tensor, mask: Tensor) -> Tensor:

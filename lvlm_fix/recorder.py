@@ -87,8 +87,10 @@ class TowerRecorder:
 
     def _wait(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Keep a layer's query and key (B, H, N + 1, D) until several are read together."""
-        if self.waiting and self.waiting[0][-1].shape != key.shape:
-            self._read()
+        if self.waiting:
+            first = self.waiting[0][-1]
+            if (first.shape, first.device) != (key.shape, key.device):
+                self._read()
         self.waiting.append((layer, query, key))
         if 2 * (len(self.waiting) + 1) * key.nbytes > (WAITING_ON_GPU if key.is_cuda else WAITING):
             self._read()

@@ -65,6 +65,14 @@ def test_cls_scores_are_the_cls_row_of_full_attention(num_heads):
     torch.testing.assert_close(cls_scores(query, key, num_heads), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float16, torch.bfloat16])
+def test_sums_are_wide_whatever_comes_in(dtype):
+    x = torch.tensor([[[3, 0], [1, 0], [2, 0]]])
+    scores = cls_scores(x.to(dtype), x.to(dtype), 1)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, cls_scores(x.float(), x.float(), 1))
+
+
 def test_cls_row_alone_gives_the_same_scores():
     query, key = projections(1)
     assert torch.equal(cls_scores(query[:, :1], key, 4), cls_scores(query, key, 4))
