@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvlm_fix._tensors import wide
 from lvlm_fix.functional import cls_scores, contrast_logits, outlier_tokens
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden"
@@ -65,12 +66,14 @@ def test_cls_scores_are_the_cls_row_of_full_attention(num_heads):
     torch.testing.assert_close(cls_scores(query, key, num_heads), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64],
+)
 def test_sums_are_wide_whatever_comes_in(dtype):
-    x = torch.tensor([[[3, 0], [1, 0], [2, 0]]])
-    scores = cls_scores(x.to(dtype), x.to(dtype), 1)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, cls_scores(x.float(), x.float(), 1))
+    x = torch.tensor([0, 1], dtype=dtype)
+    assert wide(x).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert wide(x).tolist() == [0, 1]
 
 
 def test_cls_row_alone_gives_the_same_scores():
