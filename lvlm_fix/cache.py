@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from lvlm_fix.decoding import Slots
 from lvlm_fix.errors import PromptError, UnsupportedModelError
+from lvlm_fix.growing_layer import GrowingLayer
 from lvlm_fix.packed_layer import PackedLayer
 
 NAMES = ("cache", "past_key_values")
@@ -238,17 +239,18 @@ class BranchedCache(Cache):
 
 def _stacked(parts: list[Any], width: int) -> Any:
     """One layer of all branches, of which the longest has `width` columns."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], PackedLayer):
+    layer = parts[0]
+    if len(parts) > 1 and isinstance(layer, PackedLayer):
         return PackedLayer.stack(parts)
-    layer = copy(parts[0])  # the first may be in a cache of the caller's
-    held = max(part.keys.shape[2] for part in parts)
-    layer.keys = torch.cat([_pad_left(part.keys, held, dim=2) for part in parts])
-    layer.values = torch.cat([_pad_left(part.values, held, dim=2) for part in parts])
-    if layer.is_sliding:  # it holds the newest columns alone, and counts all
-        layer.cumulative_length = width
-    return layer
+    if len(parts) > 1:
+        layer = copy(layer)  # the first may be in a cache of the caller's
+        held = max(part.keys.shape[2] for part in parts)
+        layer.keys = torch.cat([_pad_left(part.keys, held, dim=2) for part in parts])
+        layer.values = torch.cat([_pad_left(part.values, held, dim=2) for part in parts])
+        if layer.is_sliding:  # it holds the newest columns alone, and counts all
+            layer.cumulative_length = width
+    # Of transformers' own kinds only the one without a window: others decide by themselves what they hold.
+    return GrowingLayer.over(layer) if type(layer) is DynamicLayer else layer
 
 
 def _stacked_sinks(branches: list[Branch], layer: int, width: int) -> Tensor:
