@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lvlm_fix.attachment import Attachment
 from lvlm_fix.cache import NAMES
+from lvlm_fix.encoding import skipping
 from lvlm_fix.methods import Method
 from lvlm_fix.models import family_of
 
@@ -215,29 +217,44 @@ _MEASURES: dict[str, Callable[[Run], float]] = {
 }
 
 
-def scoring_share(
+def encoding(
     model: Any, inputs: Mapping[str, Any], methods: tuple[Method, ...], rounds: int, clock: str
-) -> dict[str, float]:
-    """What reading CLS scores adds to the vision tower's and projector's time, as a share of it: median, quartiles."""
-    encoder = family_of(model).encoder(model)
+) -> dict[str, dict[str, float]]:
+    """What a picture's way through vision tower and projector costs under methods: medians and quartiles.
+
+    `ratio` is to plain. `scoring` is the share of the plain time that reading CLS scores takes: attached, less the
+    same model without its unread layers, which attaching leaves out as well.
+    """
+    family = family_of(model)
+    encoder, unread = family.encoder(model), family.unread_layers(model)
     own = {
         name: value
         for name, value in inputs.items()
         if name in ("pixel_values", "image_sizes", "image_grid_thw")
     }
-    times: dict[bool, list[float]] = {False: [], True: []}
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "plain": nullcontext,
+        "shortened": functools.partial(skipping, unread),
+        "attached": functools.partial(Attachment, model, methods),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
     with torch.inference_mode():
         for turn in range(rounds):
-            for scored in (turn % 2 == 0, turn % 2 == 1):
-                with Attachment(model, methods) if scored else nullcontext():
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                with ways[name]():
                     encoder.get_image_features(**own)
                     _wait(model.device)
                     start = CLOCKS[clock]()
                     for _ in range(PICTURES):
                         encoder.get_image_features(**own)
                         _wait(model.device)
-                    times[scored].append(CLOCKS[clock]() - start)
-    return spread([after / before - 1 for before, after in zip(times[False], times[True], strict=True)])
+                    times[name].append(CLOCKS[clock]() - start)
+    rounds_of = list(zip(*times.values(), strict=True))
+    return {
+        "ratio": spread([attached / plain for plain, _, attached in rounds_of]),
+        "scoring": spread([(attached - shortened) / plain for plain, shortened, attached in rounds_of]),
+    }
 
 
 def _wait(device: torch.device) -> None:

@@ -19,10 +19,10 @@ from lvlm_fix.benchmark import (
     Contestant,
     Stopwatch,
     compete,
+    encoding,
     fixed,
     plain,
     plain_compiled,
-    scoring_share,
     summary,
 )
 from lvlm_fix.benchmark_models import Subject, inputs_of
@@ -80,8 +80,8 @@ def measured(
                 # What is timed is not whether a method helps.
                 warnings.simplefilter("ignore", PremiseWarning)
                 runs = compete(contestants, new_tokens, rounds, clock, model.device)
-                shares = {
-                    name: scoring_share(model, inputs, methods, 2 * rounds, clock)
+                encodings = {
+                    name: encoding(model, inputs, methods, 2 * rounds, clock)
                     for name, methods in scored.items()
                 }
             cases.append(
@@ -89,7 +89,7 @@ def measured(
                     "batch_size": rows,
                     "prompt_tokens": inputs["input_ids"].shape[1],
                     "settings": summary(runs, rows, PLAIN),
-                    "scoring_share": shares,
+                    "encoding": encodings,
                     "first_compiled_run": first,
                 }
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from lvlm_fix.errors import PromptError
@@ -19,6 +20,10 @@ from lvlm_fix.vision import VisionEncoding
 
 REPEATS_PICTURES = not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 """Whether `generate` hands pixels on, repeated for beams, instead of encoding them once before."""
+
+
+LOOKING = ("output_hidden_states", "output_attentions", "vision_feature_layer")
+"""Arguments of `get_image_features` that ask for more than the features, or for others."""
 
 
 class Companion(Protocol):
@@ -61,8 +66,18 @@ class ImageEncoder:
         self.signature = inspect.signature(self.plain)
         # Older transformers name here what is asked of the decoder too.
         self.arguments = tuple(name for name in self.signature.parameters if not name.startswith("output_"))
+        self.unread = self._unread(scoring)
         self.known: dict[int, Encoded] = {}  # by the identity of an image's features
         self.unused = False  # encoded, and not yet looked for in a prompt
+
+    def _unread(self, scoring: Sequence[Method]) -> list[nn.Module]:
+        """Tower layers that nobody reads: neither the features nor the methods."""
+        layers = self.family.unread_layers(self.model)
+        if layers and self.recorder is not None:
+            first, count = self.recorder.count - len(layers), self.recorder.count
+            if any(layer >= first for method in scoring for layer in method.scored_layers(count)):
+                return []
+        return layers
 
     def install(self) -> None:
         if self.recorder is not None:
@@ -78,7 +93,12 @@ class ImageEncoder:
         inputs = dict(zip(self.signature.parameters, args, strict=False)) | kwargs
         if self.recorder is not None:
             self.recorder.clear()
-        result = self.plain(*args, **kwargs)
+        # Who asks for more than the features gets all of the tower.
+        looked_into = any(inputs.get(name) not in (None, False) for name in LOOKING)
+        with nullcontext() if looked_into else skipping(self.unread):
+            result = self.plain(*args, **kwargs)
+        if self.unread and not looked_into and hasattr(result, "last_hidden_state"):
+            result["last_hidden_state"] = None  # no layer has made it
         features = self.family.images(self.family.features(result), inputs)
         context = inputs | {"result": result}
         encodings = self._encodings(features, context)
@@ -136,6 +156,25 @@ class ImageEncoder:
                 "unknown: pass pixel_values, and leave mm_encoder_outputs and prefill_chunk_size out"
             )
         return [self.known[id(feature)] for feature in features]
+
+
+@contextmanager
+def skipping(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, the layers hand on the hidden states that they are given."""
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        vars(layer)["forward"] = _hand_on
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del vars(layer)["forward"]
+            if forward is not None:
+                layer.forward = forward
+
+
+def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def _beams(inputs: dict[str, Any], words: Tensor) -> int:

@@ -167,8 +167,10 @@ def test_command_writes_numbers_and_a_picture(monkeypatch, capfd, tmp_path: Path
     for case in result["cases"]:
         assert list(case["settings"]) == ["plain", "damro", "reference: damro"]
         assert case["settings"]["damro"]["kv_bytes"] > case["settings"]["plain"]["kv_bytes"]
-        (share,) = case["scoring_share"].items()
-        assert share[0] == "damro" and share[1]["low"] <= share[1]["median"] <= share[1]["high"]
+        assert list(case["encoding"]) == ["damro"]
+        for spread in case["encoding"]["damro"].values():
+            assert spread["low"] <= spread["median"] <= spread["high"]
+        assert case["encoding"]["damro"]["ratio"]["low"] > 0
     assert result["machine"]["device"] and result["versions"]["torch"] == torch.__version__.split("+")[0]
     with Image.open(drawn) as picture:
         assert picture.getextrema() != ((255, 255),) * 3

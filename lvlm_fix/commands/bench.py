@@ -159,11 +159,9 @@ def _print(result: dict[str, Any]) -> None:
         for name, entry in case["settings"].items():
             table.add_row(name, *_cells(entry))
         console.print(table)
-        for name, share in case["scoring_share"].items():
-            console.print(
-                f"{name}: CLS scoring adds {share['median']:.1%} [{share['low']:.1%}, {share['high']:.1%}] to the "
-                "tower's time"
-            )
+        for name, told in case["encoding"].items():
+            console.print(f"{name}: encoding a picture takes {_spread(told['ratio'], '.2f')} of plain")
+            console.print(f"{name}: CLS scoring takes {_spread(told['scoring'], '.1%')} of plain encoding")
         if case["first_compiled_run"]:
             longest = max(case["first_compiled_run"].values())
             console.print(
@@ -192,6 +190,9 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 def _timed(entry: dict[str, Any], measure: str) -> str:
     """Milliseconds, and the ratio to plain with its quartiles."""
-    ratio = entry["ratios"][measure]
-    spread = f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"{entry[measure]['median'] * 1e3:.4g} ms {spread}"
+    return f"{entry[measure]['median'] * 1e3:.4g} ms {_spread(entry['ratios'][measure], '.2f', 'x')}"
+
+
+def _spread(of: dict[str, float], form: str, unit: str = "") -> str:
+    """A median and its quartiles."""
+    return f"{of['median']:{form}}{unit} [{of['low']:{form}}, {of['high']:{form}}]"

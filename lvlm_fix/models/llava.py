@@ -31,5 +31,13 @@ class Llava(Family):
     def feature_layer(self, model: Any) -> int:
         return layer_from(one_feature_layer(model), len(self.tower_attention(model)))
 
+    def unread_layers(self, model: Any) -> list[nn.Module]:
+        if self.pooling_attention(model) is not None:
+            return []  # it asks the last layer
+        tower, taken = model.base_model.vision_tower, model.config.vision_feature_layer
+        layers = [module for module in tower.modules() if hasattr(module, "self_attn")]
+        hidden_states = [taken] if isinstance(taken, int) else list(taken)
+        return layers[max(layer_from(one, len(layers)) for one in hidden_states) + 1 :]
+
     def image_token_id(self, model: Any) -> int:
         return model.config.image_token_id
