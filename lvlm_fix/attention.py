@@ -1,55 +1,24 @@
-"""The decoder's attention with methods in it: what a layer's stages are told, and which kernel then runs."""
+"""The decoder's attention with methods in it: what a layer's stages are told, and what comes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.decoding import attend
-from lvlm_fix.errors import UnsupportedModelError
+from lvlm_fix.dispatch import attend_by, refuse_what_is_not_plain_attention, widen
 from lvlm_fix.interception import Interception, Proceed
-from lvlm_fix.kernels import quantized_decode, sparse_prefill, visual_attention
-from lvlm_fix.kernels.fused.launch import fits_attention
-from lvlm_fix.kernels.visual_attention import plain_attention
+from lvlm_fix.kernels import quantized_decode
 from lvlm_fix.methods.base import AttentionStep, Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.packed_layer import PackedLayer
-
-
-@dataclass
-class Pass:
-    """One forward pass of the decoder under the methods: a prefill of one branch, or a step of all of them.
-
-    `real` and `image_mask` (R, L) bool are over the logical columns of the prompt and all that came after;
-    `first_query` (R,). `sinks` holds, by layer, what the prefill found; a prefill fills it, a step reads it.
-    `unpadded` is True only where `real` is known to hide nothing.
-    """
-
-    real: Tensor
-    image_mask: Tensor
-    first_query: Tensor
-    cache: Cache | None
-    prefill: bool
-    sinks: dict[int, Tensor] = field(default_factory=dict)
-    shared: dict[Any, Any] = field(default_factory=dict)
-    layers_seen: int = 0
-    unpadded: bool = False
-    told: dict[str, list[tuple[int, dict[str, Tensor]]]] = field(default_factory=dict)
-
-
-_PASS: ContextVar[Pass | None] = ContextVar("lvlm_fix_pass", default=None)
-
-
-def made_by_the_pass(*args: Any, **kwargs: Any) -> Any:
-    """A mask function: under a pass the masks are its own, so that none of T x T elements is made."""
-    return NotImplemented if _PASS.get() is None else None
+from lvlm_fix.passes import RUNNING, Pass, made_by_the_pass
 
 
 class MethodAttention:
@@ -72,28 +41,38 @@ class MethodAttention:
         self.interception.remove()
 
     @contextmanager
-    def running(self, this: Pass) -> Any:
-        """Within, the decoder's layers attend as the methods say."""
-        token = _PASS.set(this)
-        if this.prefill:  # hooks would cost every layer of every step, which has no use for its input
+    def installed(self) -> Iterator[None]:
+        self.install()
+        try:
+            yield
+        finally:
+            self.remove()
+
+    @contextmanager
+    def running(self, *passes: Pass) -> Iterator[None]:
+        """Within, the decoder's layers attend as the methods say: in one pass, or in prefills of several branches."""
+        token = RUNNING.set(passes[0] if len(passes) == 1 else passes)
+        # Hooks would cost every layer of every step, which has no use for its input.
+        if self.methods and passes[0].prefill:
             for layer in self.decoder_layers:
                 self.handles.append(layer.register_forward_pre_hook(self._remember_input, with_kwargs=True))
         try:
-            yield this
+            yield
         finally:
-            _PASS.reset(token)
+            RUNNING.reset(token)
             for handle in self.handles:
                 handle.remove()
             self.handles.clear()
             self.hidden_states = None
-        if this.layers_seen != len(self.modules):
-            raise RuntimeError(
-                f"{this.layers_seen} of the decoder's {len(self.modules)} layers attended under the methods: lvlm-fix "
-                "assumes that each calls transformers' attention interface once in a forward pass"
-            )
+        for this in passes:
+            if this.layers_seen != len(self.modules):
+                raise RuntimeError(
+                    f"{this.layers_seen} of the decoder's {len(self.modules)} layers attended under the methods: "
+                    "lvlm-fix assumes that each calls transformers' attention interface once in a forward pass"
+                )
 
     def _remember_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _PASS.get() is not None:
+        if RUNNING.get() is not None:
             self.hidden_states = args[0] if args else kwargs["hidden_states"]
 
     def _attend(
@@ -106,26 +85,70 @@ class MethodAttention:
         mask: Any = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        this = _PASS.get()
+        this = RUNNING.get()
         if this is None:
             return proceed(module, query, key, value, mask, **options)
-        # Of all columns: a cache layer that slides holds fewer keys than the masks have columns.
-        _refuse_what_is_not_plain_attention(this.real.shape[1], options)
         layer = self.index[id(module)]
+        if isinstance(this, Pass):
+            output = self._attend_in(this, layer, query, key, value, self.hidden_states, options)
+        else:
+            output = self._attend_in_each(this, layer, query, key, value, options)
+        return output.transpose(1, 2).contiguous(), None
+
+    def _attend_in_each(
+        self,
+        passes: Sequence[Pass],
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attention in prefills whose columns stand one after the other, each within its own, which it caches."""
+        widths = [this.computed for this in passes]
+        parts = list(zip(*(x.split(widths, dim=2) for x in (query, key, value)), strict=True))
+        states = (
+            [None] * len(passes) if self.hidden_states is None else self.hidden_states.split(widths, dim=1)
+        )
+        outputs = []
+        for this, (own, keys, values), hidden_states in zip(passes, parts, states, strict=True):
+            if this.prefix is not None:
+                columns = this.prefix[:, None, :, None].to(keys.device)
+                keys, values = (
+                    torch.cat([first.take_along_dim(columns, dim=2), x], dim=2)
+                    for first, x in zip(parts[0][1:], (keys, values), strict=True)
+                )
+            if this.cache is not None:
+                keys, values = this.cache.update(keys, values, layer)
+            outputs.append(self._attend_in(this, layer, own, keys, values, hidden_states, options))
+        return torch.cat(outputs, dim=2)
+
+    def _attend_in(
+        self,
+        this: Pass,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        # Of all columns: a cache layer that slides holds fewer keys than the masks have columns.
+        refuse_what_is_not_plain_attention(this.real.shape[1], options)
         this.layers_seen += 1
+        scale = options.get("scaling")
         if not this.prefill and query.shape[2] == 1 and isinstance(this.cache, BranchedCache):
-            output = self._attend_next(this.cache, this, layer, query, key, value, options.get("scaling"))
-            return output.transpose(1, 2).contiguous(), None
-        step = self._step(this, layer, query, key, value, options.get("scaling"))
+            return self._attend_next(this.cache, this, layer, query, key, value, scale)
+        step = self._step(this, layer, query, key, value, hidden_states, scale)
         for method in self.methods:
             step = method.attention(step)
             if step.told:
                 this.told.setdefault(method.name, []).append((layer, step.told))
                 step = replace(step, told={})
-        output = _attention(step, this.unpadded)
+        output = attend_by(step, this.unpadded)
         if this.prefill:
             self._keep(this, step)
-        return output.transpose(1, 2).contiguous(), None
+        return output
 
     def attend_next(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options: Any
@@ -134,9 +157,9 @@ class MethodAttention:
 
         For compiled steps, in which the model's own code does not reach the cache.
         """
-        this = _PASS.get()
-        assert this is not None and isinstance(this.cache, BranchedCache)
-        _refuse_what_is_not_plain_attention(this.real.shape[1], options)
+        this = RUNNING.get()
+        assert isinstance(this, Pass) and isinstance(this.cache, BranchedCache)
+        refuse_what_is_not_plain_attention(this.real.shape[1], options)
         this.layers_seen += 1
         key, value = this.cache.update(key, value, layer)
         output = self._attend_next(this.cache, this, layer, query, key, value, scaling)
@@ -200,10 +223,17 @@ class MethodAttention:
             if self.steady and untouched:
                 slots.settled[layer] = moved
             return attend(step.query, step.key, step.value, slots, moved, step.scale)
-        return _attention(step, unpadded=not slots.hides)
+        return attend_by(step, unpadded=not slots.hides)
 
     def _step(
-        self, this: Pass, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+        self,
+        this: Pass,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor | None,
+        scale: float | None,
     ) -> AttentionStep:
         masks = {"real": this.real, "image_mask": this.image_mask, "sinks": this.sinks.get(layer)}
         packed = this.cache.layers[layer] if this.cache is not None else None
@@ -214,8 +244,8 @@ class MethodAttention:
             if isinstance(packed, PackedLayer):
                 columns = packed.columns
                 filled = columns >= 0
-                mask = _widen(mask, int(packed.get_seq_length())).gather(1, columns.clamp_min(0)) & filled
-            masks[name] = _widen(mask, key.shape[2])
+                mask = widen(mask, int(packed.get_seq_length())).gather(1, columns.clamp_min(0)) & filled
+            masks[name] = widen(mask, key.shape[2])
         return AttentionStep(
             layer=layer,
             layers=len(self.modules),
@@ -224,7 +254,7 @@ class MethodAttention:
             value=value,
             scale=scale,
             first_query=this.first_query.to(key.device),
-            hidden_states=self.hidden_states if this.prefill else None,
+            hidden_states=hidden_states if this.prefill else None,
             shared=this.shared,
             **masks,  # type: ignore[arg-type]
         )
@@ -239,57 +269,3 @@ class MethodAttention:
             layer = method.cache(step)
             if layer is not None:
                 this.cache.layers[step.layer] = layer
-
-
-def _attention(step: AttentionStep, unpadded: bool) -> Tensor:
-    masked: dict[str, Any] = {"key_mask": None if unpadded else step.real, "scale": step.scale}
-    if step.important is not None and step.important is not step.real:
-        moved = step.redistribution
-        return sparse_prefill(
-            step.query, step.key, step.value, step.important, redistribution=moved, **masked
-        )
-    if step.redistribution is None:
-        if masked["key_mask"] is not None and fits_attention(step.query):
-            # Nothing is moved: the kernel's tiles are all plain, and no mask of Q x T is made.
-            nothing, idle = torch.zeros_like(step.real), {"rho": 0.0, "min_image_attention": 0.0, "p": 0.0}
-            masked |= idle | {"first_query": step.key.shape[2]}
-            return visual_attention(step.query, step.key, step.value, nothing, nothing, **masked)
-        return plain_attention(step.query, step.key, step.value, **masked)
-    moved = step.redistribution
-    return visual_attention(
-        step.query,
-        step.key,
-        step.value,
-        moved.image_mask,
-        moved.sink_mask,
-        rho=moved.rho,
-        min_image_attention=moved.min_image_attention,
-        p=moved.p,
-        first_query=moved.first_query,
-        **masked,
-    )
-
-
-def _widen(mask: Tensor, width: int) -> Tensor:
-    """Columns that came after the prompt are neither image nor sinks."""
-    missing = width - mask.shape[1]
-    return torch.cat([mask, mask.new_zeros(len(mask), missing)], dim=1) if missing > 0 else mask
-
-
-def _refuse_what_is_not_plain_attention(columns: int, options: dict[str, Any]) -> None:
-    window = options.get("sliding_window")
-    own = options.get("softcap") is not None or options.get("s_aux") is not None
-    if own or (window is not None and columns > window):
-        raise UnsupportedModelError(
-            "this decoder caps its attention logits, slides a window over its keys or has a sink that is no token: "
-            "VAR, ZipVL and compile=True work on plain causal attention; attach methods without the attention stage, "
-            "such as VTCCLS or DAMRO"
-        )
-
-
-def first_query(image_mask: Tensor) -> Tensor:
-    """Column (R,) after the last image token of each row of (R, T); T where there is none."""
-    width = image_mask.shape[1]
-    after = torch.arange(1, width + 1, device=image_mask.device) * image_mask
-    last = after.amax(1)
-    return torch.where(last > 0, last, width)

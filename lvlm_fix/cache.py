@@ -237,6 +237,24 @@ class BranchedCache(Cache):
         )
 
 
+class OutOfSight(Cache):
+    """Stands in for a KV cache that the operator keeps: hands new keys and values on as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return 1, 0
+
+
 def _stacked(parts: list[Any], width: int) -> Any:
     """One layer of all branches, of which the longest has `width` columns."""
     layer = parts[0]

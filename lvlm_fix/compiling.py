@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
-from lvlm_fix.attention import MethodAttention, Pass
-from lvlm_fix.cache import BranchedCache
+from lvlm_fix.attention import MethodAttention
+from lvlm_fix.cache import BranchedCache, OutOfSight
 from lvlm_fix.errors import AttachError, UnsupportedModelError
+from lvlm_fix.passes import Pass
 
 IMPLEMENTATION = "lvlm_fix_compiled"
 """What a model's configuration names while a compiled step runs."""
@@ -76,24 +76,6 @@ class CompiledStep:
         finally:
             config._attn_implementation = configured
             _ATTENTION.reset(token)
-
-
-class OutOfSight(Cache):
-    """Stands in for a KV cache that the operator keeps: hands new keys and values on as they are."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        return 1, 0
 
 
 def _attention(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_fix.attention import Pass
 from lvlm_fix.encoding import Encoded
 from lvlm_fix.errors import PremiseWarning
 from lvlm_fix.methods import DAMRO, VAR, VTCCLS, Method, ZipVL
 from lvlm_fix.models.base import Family
+from lvlm_fix.passes import Pass
 from lvlm_fix.premises import NEEDED, Premise, Seen, damro, local_detail, var, vtc_cls, zipvl
 
 

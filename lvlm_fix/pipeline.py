@@ -8,47 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
-from lvlm_fix.attention import MethodAttention, Pass, first_query
-from lvlm_fix.cache import NAMES, Branch, BranchedCache, cache_name
+from lvlm_fix.attention import MethodAttention
+from lvlm_fix.cache import NAMES, BranchedCache, cache_name
 from lvlm_fix.compiling import CompiledStep
 from lvlm_fix.encoding import Companion, Encoded, ImageEncoder
 from lvlm_fix.errors import PromptError, UnsupportedModelError
 from lvlm_fix.first_look import FirstLook
 from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
-from lvlm_fix.prompt import Layout, kept_columns, layout, pack
+from lvlm_fix.prefilling import Part, Prefiller
+from lvlm_fix.prompt import Prompt, layout
 from lvlm_fix.reporting import Report
 from lvlm_fix.stepping import Stepper, contrasted
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A batch of R prompts of L columns with its images in place.
-
-    Attributes:
-        embeddings: (R, L, C).
-        is_image: (R, L) bool, image tokens.
-        where: which columns each image takes.
-        images: the images, in reading order.
-        positions: (P, R, L) positions that tokens keep when others are dropped; None to count anew.
-        rest: further arguments of the forward pass.
-    """
-
-    embeddings: Tensor
-    is_image: Tensor
-    where: Layout
-    images: list[Encoded]
-    positions: Tensor | None
-    rest: dict[str, Any]
 
 
 class Pipeline:
@@ -76,7 +54,7 @@ class Pipeline:
             attention = self.attention or MethodAttention(model, family, ())
             step = CompiledStep(plain_forward, attention, model.device)
         self.step = Stepper(plain_forward, methods, self.attention, family.decoder(model).config, step)
-        self.taken: WeakSet[Cache] = WeakSet()
+        self.prefill = Prefiller(model, family, plain_forward, self.attention, self.cache_name)
         self.report: Report | None = None
         self.first_look = FirstLook()
 
@@ -101,7 +79,7 @@ class Pipeline:
                     "under attach, a conversation goes on in text: pass a new picture in a new generate call"
                 )
             return self.step(input_ids, cache, self._without_pictures(kwargs), self.report)
-        if cache is not None and cache in self.taken:
+        if cache is not None and cache in self.prefill.taken:
             raise PromptError(
                 "attach took this KV cache over in an earlier call and keeps more than it shows: pass the cache that "
                 "generate returned with return_dict_in_generate=True, or start a new prompt"
@@ -193,65 +171,43 @@ class Pipeline:
     def _prefill(self, prompt: Prompt, kwargs: dict[str, Any]) -> Any:
         self.report = Report(self.methods)
         self.report.begin(prompt.images, [row for row, _ in prompt.where.spans])
+        contrasting = self.step.contrasting
         kept = self._for_each(prompt.images, self._select)
-        output, branch, this = self._branch(
-            prompt, kept, kwargs.get(self.cache_name), kwargs.get("logits_to_keep", 0)
-        )
-        branches, apart = [branch], list[Branch]()
-        pictured = prompt.is_image.any(1)
-        for method in self.step.contrasting:
-            chosen = self._for_each(prompt.images, functools.partial(self._negative, method))
-            embeddings = prompt.embeddings.clone()
-            for (row, columns), (features, places) in zip(prompt.where.spans, chosen, strict=True):
-                embeddings[row, columns[places.to(columns.device)]] = features.to(
-                    embeddings.device, embeddings.dtype
-                )
-            seen = Prompt(**{**vars(prompt), "embeddings": embeddings})
-            negative, branch, _ = self._branch(seen, [places for _, places in chosen], None, 1)
+        parts = [self.prefill.part(prompt, kept, kwargs.get(self.cache_name))]
+        parts += [self._negative_part(prompt, method) for method in contrasting]
+        output, said = self.prefill(parts, prompt.rest, kwargs.get("logits_to_keep", 0))
+        apart, pictured = set[int](), prompt.is_image.any(1)
+        for number, (method, negative) in enumerate(zip(contrasting, said, strict=True), 1):
             last = output.logits[:, -1]
             unsure = method.unsure(last)
-            (branches if unsure is None else apart).append(branch)
             if unsure is not None:
+                apart.add(number)
                 self.report.contrasted(method, unsure)
-            last = contrasted(method, last, negative.logits[:, -1], unsure, pictured)
+            last = contrasted(method, last, negative, unsure, pictured)
             output.logits = torch.cat([output.logits[:, :-1].to(last.dtype), last[:, None]], dim=1)
+        this = None if self.attention is None else parts[0].this
         if this is not None:
             self.report.attention(self.methods, this)
         self.first_look(self.model, self.family, self.methods, prompt.images, this)
-        if kwargs.get("use_cache") is not False:
+        if prompt.caching:
             output[self.cache_name] = BranchedCache(
-                branches, prompt.embeddings.shape[1], self.step.methods, self.cache_name, apart
+                [part.branch() for number, part in enumerate(parts) if number not in apart],
+                prompt.embeddings.shape[1],
+                self.step.methods,
+                self.cache_name,
+                [parts[number].branch() for number in sorted(apart)],
             )
         return output
 
-    def _branch(
-        self, prompt: Prompt, kept: list[Tensor | None], cache: Cache | None, logits_to_keep: int | Tensor
-    ) -> tuple[Any, Branch, Pass | None]:
-        """Prefill the prompt with the tokens `kept` of each image."""
-        if cache is None:
-            cache = DynamicCache(config=self.model.config.get_text_config())
-        packed = pack(prompt.embeddings, kept_columns(prompt.where, kept), prompt.positions)
-        image_mask = prompt.is_image.gather(1, packed.columns) & packed.mask
-        caching = prompt.rest.get("use_cache") is not False
-        inputs = prompt.rest | {"attention_mask": packed.mask.long(), "position_ids": packed.positions}
-        inputs |= {self.cache_name: cache if caching else None, "use_cache": caching}
-        inputs |= {"logits_to_keep": logits_to_keep, "inputs_embeds": packed.embeddings}
-        this = None
-        if self.attention is not None:
-            this = Pass(
-                packed.mask,
-                image_mask,
-                first_query(image_mask),
-                cache if caching else None,
-                prefill=True,
-                unpadded=bool(packed.mask.all()),
+    def _negative_part(self, prompt: Prompt, method: Method) -> Part:
+        """The branch of a contrasting method."""
+        chosen = self._for_each(prompt.images, functools.partial(self._negative, method))
+        embeddings = prompt.embeddings.clone()
+        for (row, columns), (features, places) in zip(prompt.where.spans, chosen, strict=True):
+            embeddings[row, columns[places.to(columns.device)]] = features.to(
+                embeddings.device, embeddings.dtype
             )
-        if caching:
-            self.taken.add(cache)
-        with self.attention.running(this) if self.attention and this else nullcontext():
-            output = self.plain_forward(**inputs)
-        sinks = {} if this is None else this.sinks
-        return output, Branch(cache, packed.mask, packed.next_position, image_mask, sinks), this
+        return self.prefill.part(replace(prompt, embeddings=embeddings), [places for _, places in chosen])
 
     @staticmethod
     def _for_each(images: list[Encoded], choose: Callable) -> list[Any]:

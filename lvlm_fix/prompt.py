@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lvlm_fix.encoding import Encoded
 from lvlm_fix.errors import PromptError
 
 
@@ -20,6 +22,32 @@ class Layout:
 
     visible: Tensor
     spans: list[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of R prompts of L columns with its images in place.
+
+    Attributes:
+        embeddings: (R, L, C).
+        is_image: (R, L) bool, image tokens.
+        where: which columns each image takes.
+        images: the images, in reading order.
+        positions: (P, R, L) positions that tokens keep when others are dropped; None to count anew.
+        rest: further arguments of the forward pass.
+    """
+
+    embeddings: Tensor
+    is_image: Tensor
+    where: Layout
+    images: list[Encoded]
+    positions: Tensor | None
+    rest: dict[str, Any]
+
+    @property
+    def caching(self) -> bool:
+        """Whether keys and values are to be kept for later steps."""
+        return self.rest.get("use_cache") is not False
 
 
 @dataclass(frozen=True)

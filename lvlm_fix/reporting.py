@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_fix.attention import Pass
 from lvlm_fix.encoding import Encoded
 from lvlm_fix.methods.base import Method
 from lvlm_fix.packed_layer import PackedLayer
+from lvlm_fix.passes import Pass
 
 
 @dataclass

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_fix.attention import MethodAttention, Pass
+from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.compiling import CompiledStep
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
+from lvlm_fix.passes import Pass
 from lvlm_fix.reporting import Report
 
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import DynamicCache, LlavaForConditionalGeneration, MistralConfig
 
 from lvlm_fix import DAMRO, VAR, VTCCLS, UnsupportedModelError, ZipVL, attach
-from lvlm_fix.attention import _refuse_what_is_not_plain_attention
 from lvlm_fix.cache import Branch, _stacked_sinks
+from lvlm_fix.dispatch import refuse_what_is_not_plain_attention
 from lvlm_fix.methods import AttentionStep
 from lvlm_fix.reporting import Report
 
@@ -111,8 +111,8 @@ def test_a_window_is_refused_once_there_are_more_columns(sliding, random_llava, 
 
 def test_attention_with_sinks_that_are_no_tokens_is_refused():
     with pytest.raises(UnsupportedModelError, match="sink that is no token"):
-        _refuse_what_is_not_plain_attention(5, {"s_aux": torch.zeros(4), "sliding_window": None})
-    _refuse_what_is_not_plain_attention(5, {"s_aux": None, "sliding_window": 5, "softcap": None})
+        refuse_what_is_not_plain_attention(5, {"s_aux": torch.zeros(4), "sliding_window": None})
+    refuse_what_is_not_plain_attention(5, {"s_aux": None, "sliding_window": 5, "softcap": None})
 
 
 @pytest.mark.parametrize(

@@ -236,15 +236,16 @@ class QwenChecks(FamilyChecks):
                     word = output.logits[:, -1:].argmax(-1)
                     output = model(input_ids=word, past_key_values=output.past_key_values)
         hook.remove()
-        count = 1 + (fix_of(fix, DAMRO) is not None)
-        assert len(steps) == count + 2
+        assert len(steps) == 1 + 2
         for row, images in enumerate(seen):
             ids = inputs["input_ids"][row, int(inputs["attention_mask"][row].argmax()) :].tolist()
-            for branch, expected in enumerate(branches(model, ids, images, fix)):
-                positions, mask = steps[branch]
-                assert torch.equal(positions[:, row, mask[row].bool()], expected[2])
+            expected_of = branches(model, ids, images, fix)
+            positions, mask = steps[0]
+            whole = torch.cat([expected[2] for expected in expected_of], dim=-1)
+            assert torch.equal(positions[:, row, mask[row].bool()], whole)
+            for branch, expected in enumerate(expected_of):
                 for step in (0, 1):
-                    decoded = steps[count + step][0][branch * 2 + row]
+                    decoded = steps[1 + step][0][branch * 2 + row]
                     assert decoded.tolist() == [expected[3] + step]
 
     @torch.inference_mode()
