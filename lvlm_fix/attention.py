@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.decoding import attend
@@ -114,13 +115,16 @@ class MethodAttention:
         for this, (own, keys, values), hidden_states in zip(passes, parts, states, strict=True):
             if this.prefix is not None:
                 columns = this.prefix[:, None, :, None].to(keys.device)
+                # Queries of nothing in front: with as many queries as keys, flash attention needs no mask.
+                own = pad(own, (0, 0, columns.shape[2], 0))
                 keys, values = (
                     torch.cat([first.take_along_dim(columns, dim=2), x], dim=2)
                     for first, x in zip(parts[0][1:], (keys, values), strict=True)
                 )
             if this.cache is not None:
                 keys, values = this.cache.update(keys, values, layer)
-            outputs.append(self._attend_in(this, layer, own, keys, values, hidden_states, options))
+            output = self._attend_in(this, layer, own, keys, values, hidden_states, options)
+            outputs.append(output[:, :, -this.computed :])
         return torch.cat(outputs, dim=2)
 
     def _attend_in(

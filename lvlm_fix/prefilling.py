@@ -24,6 +24,9 @@ from lvlm_fix.models.base import Family
 from lvlm_fix.passes import Pass, first_query
 from lvlm_fix.prompt import Prefill, Prompt, kept_columns, pack
 
+WORTH_SHARING = 16
+"""Tokens before the first image from which on they are not computed twice: for fewer, to fetch keys costs more."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -150,10 +153,12 @@ def _parting(model: Any, family: Family) -> MethodAttention | None:
         return None
 
 
-def _prefix(first: Part, part: Part) -> Tensor:
-    """Columns (R, S) of the first branch that hold the same as the first S of another: padding, and what all see."""
+def _prefix(first: Part, part: Part) -> Tensor | None:
+    """Columns (R, S) of the first branch that hold the same as the first S of another; None where they are few."""
     pads, before = zip(*(_lengths(one) for one in (first, part)), strict=True)
     shared = int((pads[1] + torch.minimum(*before)).min())
+    if shared < WORTH_SHARING:
+        return None
     columns = torch.arange(shared, device=pads[0].device) + (pads[0] - pads[1])[:, None]
     return columns.clamp_min(0)
 

@@ -9,7 +9,7 @@ import torch
 from test_attach_equality import CONTRAST, MOVE, PACK, PRUNE, SHORT, TOLERANCE
 from transformers import GptOssConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lvlm_fix import attach
+from lvlm_fix import attach, prefilling
 from lvlm_fix.dispatch import is_plain
 from lvlm_fix.prefilling import Prefiller
 
@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:damro with vtc_cls"),
     pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning"),
 ]
+WORDS = prefilling.WORTH_SHARING + 3
 GATED = replace(CONTRAST, gate=1.0)
 LONG = "A chat between a curious human and an assistant who is helpful. "
 FIXES = {
@@ -39,12 +40,12 @@ def prompts(request, random_llava, sample_pictures, ask):
     }[request.param]
     inputs = ask(random_llava[1], *rows)
     # The chat template puts the picture first: words of its own go before all of it, behind the padding.
-    words = torch.randint(5, 100, (1, 11), generator=torch.Generator().manual_seed(1))
+    words = torch.randint(5, 100, (1, WORDS), generator=torch.Generator().manual_seed(1))
     ids, mask = [], []
     for row, seen in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         pads = int((seen == 0).sum())
         ids.append(torch.cat([row[:pads], words[0], row[pads:]]))
-        mask.append(torch.cat([seen[:pads], torch.ones(11, dtype=seen.dtype), seen[pads:]]))
+        mask.append(torch.cat([seen[:pads], torch.ones(WORDS, dtype=seen.dtype), seen[pads:]]))
     return dict(inputs) | {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask)}
 
 
@@ -82,7 +83,7 @@ def test_branches_say_together_what_they_say_alone(random_llava, prompts, monkey
     assert len(separate) == len(columns) + 1
     shares = name in ("damro", "gated", "damro, vtc_cls")
     saved = sum(separate[:2]) - columns[0]
-    assert saved >= 11 if shares else saved == 0
+    assert saved >= WORDS if shares else saved == 0
     for one, other in zip(together, alone, strict=True):
         assert one.shape == other.shape
         # Where a branch cuts a token, both must.
