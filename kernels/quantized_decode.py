@@ -12,10 +12,12 @@ number and multiplied once. A byte's codes are shifted apart in planes, channels
 byte in plane i, each against the same channels of the query, rather than put side by side.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lvlm_fix._tensors import require, require_bool, sizes, wide
 from lvlm_fix.kernels.changed_rows import class_columns, redistribute_
@@ -28,7 +30,7 @@ from lvlm_fix.quantization import QuantizedTensor
 __all__ = ["quantized_decode"]
 
 Groups = Sequence[tuple[QuantizedTensor, QuantizedTensor]]
-# Codes of one plane turned into numbers at once: 2 MiB of float32 stay in the cache.
+# Codes turned into numbers at once: 2 MiB of float32 stay in the cache.
 UNPACKED = 2**19
 
 
@@ -206,36 +208,39 @@ def _move_(weights: Tensor, key_mask: Tensor | None, given: Redistribution, quer
     redistribute_(flat, class_columns(image, sink, weights.dtype), may.expand(batch, -1), given)
 
 
-def _planes(q: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-    """Tokens, first channel and codes (R, K, tokens, channels) of each plane of a span of tokens."""
-    count = 8 // q.bits
-    for tokens in spans(q.packed.shape[2], max(1, UNPACKED // max(1, q.packed[:, :, :1].numel()))):
-        packed = q.packed[:, :, tokens]
-        for plane in range(count):
-            codes = packed >> (plane * q.bits)
-            if plane < count - 1:
-                codes &= 2**q.bits - 1
-            # The last byte of a token may not be full.
-            yield tokens, plane, codes[..., : len(range(plane, q.length, count))].to(dtype)
+def _codes(q: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens and codes (planes, R, K, tokens, bytes) of each span of tokens; a last byte that is not full ends in 0."""
+    step = max(1, UNPACKED // max(1, q.packed[:, :, :1].numel() * (8 // q.bits)))
+    for tokens in spans(q.packed.shape[2], step):
+        # All planes at once: few operations, each over what is contiguous.
+        codes = q.packed[:, :, tokens] >> _shifts(q.bits, q.packed.device)
+        codes &= 2**q.bits - 1
+        yield tokens, codes.to(dtype)
+
+
+@functools.cache
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1, 1, 1)
 
 
 def _logits(rows: Tensor, keys: QuantizedTensor) -> Tensor:
     """rows (R, K, M, D) times the keys: (R, K, M, N)."""
-    scaled, count = rows * wide(keys.scale), 8 // keys.bits
-    out = (rows @ wide(keys.zero_point).mT).expand(-1, -1, -1, keys.shape[2]).clone()
-    for tokens, plane, codes in _planes(keys, rows.dtype):
-        out[..., tokens] += scaled[..., plane::count] @ codes.mT
-    return out
+    base, count, scaled = rows @ wide(keys.zero_point).mT, 8 // keys.bits, rows * wide(keys.scale)
+    if keys.length % count:
+        scaled = pad(scaled, (0, -keys.length % count))
+    planes = scaled.view(*scaled.shape[:-1], -1, count).permute(4, 0, 1, 2, 3)
+    parts = [(planes @ codes.mT).sum(0) for _, codes in _codes(keys, rows.dtype)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).add_(base)
 
 
 def _weighted(weights: Tensor, values: QuantizedTensor) -> Tensor:
     """weights (R, K, M, N) times the values: (R, K, M, D)."""
-    scaled, count = weights * wide(values.scale).mT, 8 // values.bits
+    scaled = weights * wide(values.scale).mT
     # Codes count from the middle: the mean of thousands of values is near zero, and it would be the difference of two
     # large sums if they counted from the minimum.
     middle = (2**values.bits - 1) / 2
     base = weights @ (wide(values.zero_point) + middle * wide(values.scale))
-    out = base.expand(-1, -1, -1, values.length).clone()  # in a fraction of the time of `repeat`
-    for tokens, plane, codes in _planes(values, weights.dtype):
-        out[..., plane::count] += scaled[..., tokens] @ codes.sub_(middle)
+    parts = [scaled[..., tokens] @ codes.sub_(middle) for tokens, codes in _codes(values, weights.dtype)]
+    planes = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    out = base + planes.permute(1, 2, 3, 4, 0).flatten(-2)[..., : values.length]
     return out if values.channel_scale is None else out * wide(values.channel_scale)
