@@ -64,18 +64,23 @@ def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:
     """`cls_row` on torch, unchecked: (B, N) of each layer's CLS query (B, H, 1, D) and key (B, H, N + 1, D)."""
-    images, heads, tokens, width = keys[0].shape
+    images, heads, tokens = keys[0].shape[:3]
     logits = [_logits(query, key) for query, key in zip(queries, keys, strict=True)]
     together = torch.cat(logits) if len(logits) > 1 else logits[0]
-    weights = (together * width**-0.5).softmax(-1)[:, :, 0, 1:]
-    rows = weights.mean(1) if heads > 1 else weights[:, 0]
-    return rows.view(-1, images, tokens - 1).unbind()
+    weights = together.softmax(-1)
+    rows = (weights.mean(1) if heads > 1 else weights[:, 0])[:, 1:]
+    return rows.view(-1, images, tokens - 1).unbind() if len(keys) > 1 else (rows,)
 
 
 def _logits(query: Tensor, key: Tensor) -> Tensor:
-    asking, asked = wide(query), wide(key)
-    if key.shape[0] == 1 or key.shape[1] == 1:
-        # Heads, or images, are the one batch dimension, which can be walked without a copy.
-        return asking @ asked.mT
-    by_head = torch.diag_embed(asking[:, :, 0].mT, dim1=1, dim2=3).flatten(1, 2)
-    return (asked.transpose(1, 2).flatten(2) @ by_head).mT[:, :, None]
+    """Scaled products (B, H, N + 1) of one layer."""
+    asking, asked, scale = wide(query), wide(key), query.shape[-1] ** -0.5
+    if key.shape[0] > 1 and key.shape[1] > 1:
+        by_head = torch.diag_embed(asking[:, :, 0].mT * scale, dim1=1, dim2=3).flatten(1, 2)
+        return (asked.transpose(1, 2).flatten(2) @ by_head).mT
+    # Heads, or images, are the one batch dimension, which can be walked without a copy. One operation that scales, not
+    # `@`, which makes of it seven: beside a small tower each counts.
+    nothing = asked.new_empty(1)
+    if key.shape[0] == 1:
+        return torch.baddbmm(nothing, asking[0], asked[0].mT, beta=0, alpha=scale).transpose(0, 1)
+    return torch.baddbmm(nothing, asking[:, 0], asked[:, 0].mT, beta=0, alpha=scale)

@@ -46,12 +46,15 @@ class TowerRecorder:
         self.has_cls = family.has_cls
         layers = family.tower_attention(model)
         self.count, self.feature_layer = len(layers), family.feature_layer(model)
-        full_width = family.has_cls and family.full_width
-        self.feature_row = self.count if full_width else self.feature_layer
         # What no method asks for is not read: a row costs little, but there are as many as layers.
         self.by_head = {layer for method in scoring for layer in method.scored_layers(self.count)}
-        self.by_head |= set() if full_width else {self.feature_layer}
-        self.index = {id(layers[layer]): layer for layer in self.by_head | {self.feature_layer}}
+        asked = not self.by_head or any(method.reads_feature_scores for method in scoring)
+        self.full_width = asked and family.has_cls and family.full_width
+        self.by_head |= {self.feature_layer} if asked and not self.full_width else set()
+        self.read = self.by_head | ({self.count} if self.full_width else set())
+        self.feature_row = (self.count if self.full_width else self.feature_layer) if asked else None
+        watched = self.by_head | ({self.feature_layer} if self.full_width else set())
+        self.index = {id(layers[layer]): layer for layer in watched}
         self.interception = Interception([layers[layer] for layer in self.index.values()], self._attend)
         self.hook: RemovableHandle | None = None
         self.clear()
@@ -102,7 +105,7 @@ class TowerRecorder:
             query = query[:, :, :1]
             if layer in self.by_head:
                 by_head.append((layer, query, key))
-            if layer == self.feature_layer and self.feature_row == self.count:
+            if layer == self.feature_layer and self.full_width:
                 full_width.append((self.count, _as_one_head(query), _as_one_head(key)))
         self.waiting.clear()
         for asked in filter(None, (by_head, full_width)):
@@ -117,7 +120,7 @@ class TowerRecorder:
     def crops(self) -> list[Tensor]:
         """Of each crop that went through the tower since `clear`: (L + 1, N) scores, the feature layer's row last.
 
-        Layers that no method reads are NaN.
+        What no method reads is NaN.
         """
         if self.pooled:
             found = [row.expand(self.count + 1, -1) for row in self.pooled]
@@ -125,7 +128,7 @@ class TowerRecorder:
             return found
         self._read()
         calls = {len(rows) for rows in self.rows.values()}
-        if self.rows.keys() != self.by_head | {self.feature_row} or len(calls) > 1:
+        if self.rows.keys() != self.read or len(calls) > 1:
             raise RuntimeError(
                 "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "
                 "interface once for each crop"
@@ -133,9 +136,8 @@ class TowerRecorder:
         tables: list[Tensor] = []
         for call in range(calls.pop()):
             rows = {index: rows[call] for index, rows in self.rows.items()}
-            feature = rows[self.feature_row]
-            unread = torch.full_like(feature, torch.nan)
-            table = [*(rows.get(layer, unread) for layer in range(self.count)), feature]
+            unread = torch.full_like(next(iter(rows.values())), torch.nan)
+            table = [rows.get(layer, unread) for layer in (*range(self.count), self.feature_row)]
             # To iterate over a tensor costs ten times its `unbind`.
             tables += torch.stack(table, 1).detach().unbind()
         self.clear()
@@ -144,7 +146,9 @@ class TowerRecorder:
 
 def _as_one_head(x: Tensor) -> Tensor:
     """(B, H, T, D) as (B, 1, T, C)."""
-    return x.transpose(1, 2).reshape(x.shape[0], 1, x.shape[2], -1)
+    if x.shape[2] == 1:
+        return x.reshape(len(x), 1, 1, -1)
+    return x.transpose(1, 2).reshape(len(x), 1, x.shape[2], -1)
 
 
 def _in_one_launch(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ class VisionEncoding:
         layer_scores: (L, N) attention of CLS to each image token in every layer, mean over heads (VTC-CLS);
             NaN in layers that no attached method reads.
         feature_scores: (N,) the same for the layer whose output the projector takes, as one softmax over the
-            full width (DAMRO).
+            full width (DAMRO); NaN where no attached method reads it.
         grid: rows and columns of the image tokens, in raster order; (1, N) where they form no single grid.
         crops: (N,) which crop of the image a token comes from, -1 for newline tokens; None where there is one crop.
         source: where the scores come from: `cls`, or what stands in for it in a tower without a CLS token.

@@ -65,12 +65,15 @@ class Method:
     steady: ClassVar[bool] = False
     """Whether `attention`, when decoding, goes by the layer and its masks alone: it is then asked once a layer."""
 
+    reads_feature_scores: ClassVar[bool] = True
+    """Whether `select` or `negative_tokens` read `VisionEncoding.feature_scores`: NaN where no method does."""
+
     def prepare(self, model: Any) -> Method:
         """The method with what it must know of a model filled in; `attach` asks once."""
         return self
 
     def scored_layers(self, layers: int) -> range:
-        """Which of the tower's layers `select` and `negative_tokens` read the scores of, beside the feature layer's."""
+        """Which of the tower's layers `select` and `negative_tokens` read `VisionEncoding.layer_scores` of."""
         return range(layers)
 
     def select(self, vision: VisionEncoding) -> Tensor | None:

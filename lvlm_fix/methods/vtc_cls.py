@@ -34,6 +34,7 @@ class VTCCLS(Method):
 
     name: ClassVar[str] = "vtc_cls"
     paper: ClassVar[str] = "arXiv 2412.05819"
+    reads_feature_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < math.inf or (self.keep > 1 and self.keep % 1):
