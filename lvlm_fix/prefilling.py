@@ -96,7 +96,8 @@ class Prefiller:
         return output, [self._alone(part, rest, 1).logits[:, -1] for part in parts[1:]]
 
     def _joins(self, parts: Sequence[Part], rest: dict[str, Any]) -> bool:
-        if any(rest.get(name) for name in ("output_hidden_states", "output_attentions")):
+        shown = ("output_hidden_states", "output_attentions")
+        if any(rest.get(name, getattr(self.config, name, False)) for name in shown):
             return False  # what is shown would be that of all branches
         if self.parting is None:
             return self.attention is not None

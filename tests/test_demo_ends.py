@@ -130,7 +130,8 @@ def test_stop_ends_an_answer_and_keeps_what_was_said(visit):
     page.wait_for_selector("#status :text('Stopped.')")
     page.wait_for_timeout(500)
     assert page.locator("#status").inner_text() == "Stopped."
-    assert page.locator(".caret").count() == 0 and page.locator("#fixed").inner_text() == "Stopped."
+    # A word of the second answer may have come before the click did.
+    assert page.locator(".caret").count() == 0 and page.locator("#fixed").inner_text().endswith("Stopped.")
     assert page.locator("#plain").inner_text().startswith("The")
     compare(page)
 

@@ -100,9 +100,16 @@ def test_given_columns_of_logits_are_kept(random_llava, prompts):
 
 def test_who_looks_into_the_decoder_sees_the_positive_branch_alone(random_llava, prompts):
     model = random_llava[0]
+    config = model.config.text_config
     with torch.inference_mode(), attach(model, CONTRAST):
         output = model(**prompts, output_hidden_states=True)
-    assert {states.shape[1] for states in output.hidden_states} == {prompts["input_ids"].shape[1]}
+        assert {states.shape[1] for states in output.hidden_states} == {prompts["input_ids"].shape[1]}
+    config.output_hidden_states = True
+    try:
+        _, columns = ran(model, (CONTRAST,), prompts, use_cache=False)
+    finally:
+        config.output_hidden_states = False
+    assert len(columns) == 2
 
 
 def test_the_decoders_attention_is_its_own_again(random_llava, prompts):
