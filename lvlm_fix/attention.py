@@ -216,9 +216,6 @@ class MethodAttention:
             moved.image_mask is image_mask
             and moved.sink_mask is sinks
             and moved.first_query is before.first_query
-            # Elsewhere kernels of their own do it better: halves are not widened, and a device does it in one pass.
-            and key.device.type == "cpu"
-            and key.dtype in (torch.float32, torch.float64)
         )
         if known:
             untouched = (

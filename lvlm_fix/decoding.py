@@ -6,11 +6,17 @@ so masks are cut instead of made, and nothing is asked of the device. Letters: R
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lvlm_fix.kernels import Redistribution
+from lvlm_fix.kernels.changed_rows import HALVES
+from lvlm_fix.kernels.dispatch import note
+from lvlm_fix.kernels.fused.launch import fits_attention
+from lvlm_fix.kernels.visual_attention import redistributed_attention
 
 ROOM = 128
 """Keys that masks are written ahead of."""
@@ -39,6 +45,7 @@ class Slots:
         self.real, self.image = pad(real, (0, ROOM), value=True), pad(image, (0, ROOM), value=False)
         self.sinks = None if sinks is None else pad(sinks, (0, ROOM), value=False)
         self.bias = self.columns = self.exchange = None
+        self._given: tuple[Redistribution, Redistribution] | None = None
         if self.hides:
             bias = torch.zeros(self.real.shape, dtype=self.dtype, device=real.device)
             self.bias = bias.masked_fill_(~self.real, -torch.inf)[:, None, None]
@@ -62,6 +69,13 @@ class Slots:
         sinks = None if self.sinks is None else self.sinks[:, :keys]
         return self.real[:, :keys], self.image[:, :keys], sinks
 
+    def given(self, moved: Redistribution) -> Redistribution:
+        """`moved` between all keys that masks are written for, for kernels that stop at the last key."""
+        if self._given is None or self._given[0] is not moved:
+            assert self.sinks is not None
+            self._given = moved, replace(moved, image_mask=self.image, sink_mask=self.sinks)
+        return self._given[1]
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, slots: Slots, moved: Redistribution | None, scale: float | None
@@ -73,6 +87,8 @@ def attend(
     """
     keys, shared = key.shape[2], key.shape[1]
     slots.reach(keys)
+    if moved is not None and slots.sinks is not None and (fits_attention(query) or key.dtype in HALVES):
+        return _by_kernel(query, key, value, slots, moved, scale)
     bias = None if slots.bias is None else slots.bias[..., :keys]
     # Heads that share keys become rows of one head, and each key is read once.
     folded = query if query.shape[1] == shared else query.unflatten(1, (shared, -1)).flatten(2, 3)
@@ -95,3 +111,19 @@ def attend(
     # Adding the changed part keeps rows that nothing happens to bit for bit.
     by_head = torch.addcmul(by_head, by_head, change, value=moved.p)
     return (by_head.view_as(weights) @ value).reshape(query.shape)
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, slots: Slots, moved: Redistribution, scale: float | None
+) -> Tensor:
+    """The same where kernels do it better: a GPU does all in one pass, and halves are not widened as a whole."""
+    if fits_attention(query):
+        from lvlm_fix.kernels.fused.visual_front import fused_attention
+
+        note("visual_attention", "triton")
+        real = slots.real if slots.hides else None
+        return fused_attention(query, key, value, slots.given(moved), False, real, scale)
+    note("visual_attention", "torch")
+    real, image, sinks = slots.cut(key.shape[2])
+    cut = replace(moved, image_mask=image, sink_mask=sinks)
+    return redistributed_attention(query, key, value, cut, False, real if slots.hides else None, scale)

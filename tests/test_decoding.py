@@ -52,6 +52,31 @@ def test_one_token_is_the_oracles(after, hidden, shared):
     torch.testing.assert_close(expected[-1], idle[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_halves_are_the_oracles_to_their_precision(dtype, hidden):
+    rows, prompt, after = 3, 14, ROOM + 3
+    slots = Slots(*masks(rows, prompt, hidden), dtype)
+    query, key, value = torch.randn(rows, 4, 1, 8), *torch.randn(2, rows, 2, prompt + after, 8)
+    query, key, value = (x.to(dtype) for x in (query * 2, key, value))
+    seen, shown, sunk = slots.cut(prompt + after)
+    moved = Redistribution(shown, sunk, torch.zeros(rows, dtype=torch.long), **PARAMETERS)
+    for given in (moved, None):
+        parameters = PARAMETERS if given else PARAMETERS | {"p": 0.0}
+        wide = (x.double() for x in (query, key, value))
+        expected = visual_attention(*wide, shown, sunk, first_query=0, key_mask=seen, **parameters)
+        found = attend(query, key, value, slots, given, None)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_the_kernel_gets_masks_that_reach_beyond_the_keys():
+    pytest.importorskip("triton")
+    from ahead_of_time import run_interpreted
+
+    run_interpreted("decoding.py", passed=4)
+
+
 def test_new_keys_are_real_text():
     real, image, sink = masks(2, 14, hidden=True)
     slots = Slots(real, image, sink, torch.float32)
