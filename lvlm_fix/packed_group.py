@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lvlm_fix.kernels.pack import pack
+from lvlm_fix.kernels.packing import take
 from lvlm_fix.quantization import QuantizedTensor
 
 # The place of an empty slot. Places count from the end of the prompt, so padding on the left moves none.
@@ -45,7 +46,7 @@ class PackedGroup:
         # A copy of the row's last token moves no minimum and no maximum. Rows without tokens hold zeros: padding
         # may be NaN, which an attention weight of zero would not silence.
         order = torch.where(filled, order, order[:, :, -1:])
-        keys, values = (x.take_along_dim(order, dim=2).masked_fill(counts == 0, 0) for x in (keys, values))
+        keys, values = (take(x, order[:, 0, :, 0]).masked_fill(counts == 0, 0) for x in (keys, values))
         places = places.take_along_dim(order, dim=2).masked_fill(~filled, EMPTY)
         packed_keys, packed_values = pack(keys, values, bits)
         group = cls(packed_keys, packed_values, places)

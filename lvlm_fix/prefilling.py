@@ -99,6 +99,8 @@ class Prefiller:
         shown = ("output_hidden_states", "output_attentions")
         if any(rest.get(name, getattr(self.config, name, False)) for name in shown):
             return False  # what is shown would be that of all branches
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            return False  # which logits are kept is said by a tensor, on one device
         if self.parting is None:
             return self.attention is not None
         return is_plain(self.config, self.parting.modules, max(part.tokens.mask.shape[1] for part in parts))

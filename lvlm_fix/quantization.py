@@ -1,5 +1,6 @@
 """Packed 2, 4 and 8 bit storage of keys and values (ZipVL, arXiv 2410.08584; ZipCache, arXiv 2405.14256)."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,9 +130,18 @@ def _round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, a byte each, to as many of `bits` as a byte holds, the first lowest."""
     per_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
-    return (codes.unflatten(-1, (-1, per_byte)) << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+    if codes.shape[-1] % per_byte:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
+    if sys.byteorder == "big" or per_byte == 1:
+        return (codes.unflatten(-1, (-1, per_byte)) << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+    # The codes of a byte, read as one wider number, are moved together: its high bits fall off.
+    wider = codes.contiguous().view(torch.int16 if per_byte == 2 else torch.int32)
+    packed = wider
+    for place in range(1, per_byte):
+        packed = packed | wider >> place * (8 - bits)
+    return packed.to(torch.uint8)
 
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:

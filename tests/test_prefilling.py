@@ -112,6 +112,14 @@ def test_who_looks_into_the_decoder_sees_the_positive_branch_alone(random_llava,
     assert len(columns) == 2
 
 
+def test_a_model_on_several_devices_takes_a_pass_for_each_branch(random_llava, prompts, monkeypatch):
+    model = random_llava[0]
+    for devices, passes in (({"": 0}, 1), ({"model.vision_tower": 0, "lm_head": 1}, 2)):
+        monkeypatch.setattr(model, "hf_device_map", devices, raising=False)
+        _, columns = ran(model, (CONTRAST,), prompts, use_cache=False)
+        assert len(columns) == passes
+
+
 def test_the_decoders_attention_is_its_own_again(random_llava, prompts):
     model = random_llava[0]
     config = model.config.text_config
