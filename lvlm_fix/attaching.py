@@ -29,7 +29,8 @@ def attach(
     Greedy decoding, sampling, beams, batches of left-padded prompts, several images in a prompt and streamers work
     as without. Only next-token logits of the last position are contrasted; with image tokens pruned, a bare
     `model(**inputs)` returns logits of the pruned prompt. Where a method's premise fails on the first pictures, a
-    `PremiseWarning` says so once.
+    `PremiseWarning` says so once. Vision tower layers that the image features do not come from are left out;
+    `get_image_features(..., output_hidden_states=True)` runs them all.
 
     `attach(model, "auto")` attaches the methods whose premise holds, see `diagnose`; of DAMRO and VTC-CLS, which pull
     against each other, DAMRO: its premise holds only where CLS looks at the background, and VTC-CLS would keep that.
