@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -466,6 +467,40 @@ def test_the_samples_can_be_drawn_again(tmp_path: Path) -> None:
         with Image.open(path) as drawn, Image.open(ASSETS / "samples" / path.name) as shipped:
             difference = np.asarray(drawn, dtype=float) - np.asarray(shipped, dtype=float)
         assert np.abs(difference).mean() < 1
+
+
+def children(parent: int) -> list[int]:
+    """Processes that have this parent."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            words = path.read_text().rpartition(")")[2].split()
+            if int(words[1]) == parent and words[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+@needs_font
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux shows processes there")
+def test_workers_end_with_a_recipe_that_is_killed(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from lvlm_fix.assets.recipe.dataset import render"
+    code += "; render(0, 100_000, Path(sys.argv[1]), 'scenes')"
+    quiet = subprocess.DEVNULL
+    main = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=quiet, stderr=quiet)
+    try:
+        deadline = time.monotonic() + 60
+        while not (workers := children(main.pid)):
+            assert main.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+    finally:
+        main.kill()
+        main.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, f"{workers} are left"
+        time.sleep(0.2)
 
 
 @needs_font

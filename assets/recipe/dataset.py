@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,6 +64,17 @@ def _chunk(first: int, count: int) -> dict[str, np.ndarray]:
     }
 
 
+def _end_with(parent: int) -> None:
+    """Have a worker end soon after its parent: where that is killed, the worker would wait for scenes for good."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def render(first: int, count: int, folder: Path, label: str) -> Scenes:
     """Training scenes `first .. first + count - 1`, from the folder where they are rendered already."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +82,8 @@ def render(first: int, count: int, folder: Path, label: str) -> Scenes:
     if not path.exists():
         starts = range(first, first + count, CHUNK)
         sizes = [min(CHUNK, first + count - start) for start in starts]
-        with ProcessPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        workers = min(16, os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
             bar = tqdm(pool.map(_chunk, starts, sizes), total=len(sizes), desc=label, unit=f"x{CHUNK} scenes")
             parts = list(bar)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
