@@ -58,18 +58,27 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
 
 
 def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
-    by_head = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key))
-    return rows_of_layers(*([x] for x in by_head))[0]
+    query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key))
+    return rows_of_layers([query], [key])[0]
 
 
-def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`cls_row` on torch, unchecked: (B, N) of each layer's CLS query (B, H, 1, D) and key (B, H, N + 1, D)."""
+def rows_of_layers(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int | None = None
+) -> Sequence[Tensor]:
+    """`cls_row` on torch, unchecked: (B, N) of each layer's CLS query (B, H, 1, D) and key (B, H, N + 1, D).
+
+    Behind those, if asked for, the row over the full width of layer number `whole` of these: its product is the sum of
+    its heads' products.
+    """
     images, heads, tokens = keys[0].shape[:3]
     logits = [_logits(query, key) for query, key in zip(queries, keys, strict=True)]
     together = torch.cat(logits) if len(logits) > 1 else logits[0]
     weights = together.softmax(-1)
     rows = (weights.mean(1) if heads > 1 else weights[:, 0])[:, 1:]
-    return rows.view(-1, images, tokens - 1).unbind() if len(keys) > 1 else (rows,)
+    found = rows.view(-1, images, tokens - 1).unbind() if len(keys) > 1 else (rows,)
+    if whole is None:
+        return found
+    return *found, (logits[whole].sum(1) * heads**-0.5).softmax(-1)[:, 1:]
 
 
 def _logits(query: Tensor, key: Tensor) -> Tensor:

@@ -100,19 +100,26 @@ class TowerRecorder:
 
     def _read(self) -> None:
         """The CLS rows of the layers that wait."""
-        by_head, full_width = [], []
-        for layer, query, key in self.waiting:
-            query = query[:, :, :1]
-            if layer in self.by_head:
-                by_head.append((layer, query, key))
-            if layer == self.feature_layer and self.full_width:
-                full_width.append((self.count, _as_one_head(query), _as_one_head(key)))
+        waiting = [(layer, query[:, :, :1], key) for layer, query, key in self.waiting]
         self.waiting.clear()
-        for asked in filter(None, (by_head, full_width)):
-            indices, queries, keys = zip(*asked, strict=True)
-            rows = _in_one_launch(queries, keys) if fits(keys[0]) else rows_of_layers(queries, keys)
-            for index, row in zip(indices, rows, strict=True):
-                self.rows[index].append(row)
+        by_head = [one for one in waiting if one[0] in self.by_head]
+        feature = [one for one in waiting if self.full_width and one[0] == self.feature_layer]
+        numbers, whole = [layer for layer, *_ in by_head], None
+        if feature and self.feature_layer in numbers and not fits(feature[0][2]):
+            whole = numbers.index(self.feature_layer)
+            numbers.append(self.count)
+            feature.clear()
+        if by_head:
+            self._note(numbers, [one[1:] for one in by_head], whole)
+        if feature:
+            self._note([self.count], [tuple(map(_as_one_head, one[1:])) for one in feature])
+
+    def _note(self, numbers: list[int], layers: list[tuple[Tensor, ...]], whole: int | None = None) -> None:
+        """Keep the rows of layers of queries and keys, see `rows_of_layers`, under their numbers."""
+        queries, keys = zip(*layers, strict=True)
+        rows = _in_one_launch(queries, keys) if fits(keys[0]) else rows_of_layers(queries, keys, whole)
+        for number, row in zip(numbers, rows, strict=True):
+            self.rows[number].append(row)
 
     def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
         self.pooled.extend(_pooled(module, *args[:2]))
