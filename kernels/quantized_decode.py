@@ -12,7 +12,6 @@ number and multiplied once. A byte's codes are shifted apart in planes, channels
 byte in plane i, each against the same channels of the query, rather than put side by side.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,7 +24,7 @@ from lvlm_fix.kernels.dispatch import note, once_a_group, require_heads, require
 from lvlm_fix.kernels.fused.launch import fits_head
 from lvlm_fix.kernels.packing import spans
 from lvlm_fix.kernels.redistribution import Redistribution
-from lvlm_fix.quantization import QuantizedTensor
+from lvlm_fix.quantization import QuantizedTensor, shifts
 
 __all__ = ["quantized_decode"]
 
@@ -211,16 +210,12 @@ def _move_(weights: Tensor, key_mask: Tensor | None, given: Redistribution, quer
 def _codes(q: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Tokens and codes (planes, R, K, tokens, bytes) of each span of tokens; a last byte that is not full ends in 0."""
     step = max(1, UNPACKED // max(1, q.packed[:, :, :1].numel() * (8 // q.bits)))
+    places = shifts(q.bits, q.packed.device).view(-1, 1, 1, 1, 1)
     for tokens in spans(q.packed.shape[2], step):
         # All planes at once: few operations, each over what is contiguous.
-        codes = q.packed[:, :, tokens] >> _shifts(q.bits, q.packed.device)
+        codes = q.packed[:, :, tokens] >> places
         codes &= 2**q.bits - 1
         yield tokens, codes.to(dtype)
-
-
-@functools.cache
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1, 1, 1)
 
 
 def _logits(rows: Tensor, keys: QuantizedTensor) -> Tensor:

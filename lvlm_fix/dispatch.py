@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ def widen(mask: Tensor, width: int) -> Tensor:
     """Columns that came after the prompt are neither image nor sinks."""
     missing = width - mask.shape[1]
     return torch.cat([mask, mask.new_zeros(len(mask), missing)], dim=1) if missing > 0 else mask
+
+
+def looked_into(config: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward pass with these arguments shows what is inside the decoder."""
+    shown = ("output_hidden_states", "output_attentions")
+    return any(arguments.get(name, getattr(config, name, False)) for name in shown)
 
 
 def is_plain(config: Any, modules: Sequence[nn.Module], columns: int) -> bool:

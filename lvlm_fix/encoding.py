@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,11 +94,14 @@ class ImageEncoder:
         if self.recorder is not None:
             self.recorder.clear()
         # Who asks for more than the features gets all of the tower.
-        looked_into = any(inputs.get(name) not in (None, False) for name in LOOKING)
-        with nullcontext() if looked_into else skipping(self.unread):
+        skipped = [] if any(inputs.get(name) not in (None, False) for name in LOOKING) else self.unread
+        with skipping(skipped):
             result = self.plain(*args, **kwargs)
-        if self.unread and not looked_into and hasattr(result, "last_hidden_state"):
-            result["last_hidden_state"] = None  # no layer has made it
+        if skipped and hasattr(result, "last_hidden_state"):  # what no layer has made is not shown
+            result["last_hidden_state"] = None
+            if result.hidden_states is not None:
+                kept = result.hidden_states[: -len(skipped)]
+                result["hidden_states"] = (*kept, *[None] * len(skipped))
         features = self.family.images(self.family.features(result), inputs)
         context = inputs | {"result": result}
         encodings = self._encodings(features, context)

@@ -6,6 +6,7 @@ positive branch it costs its few tokens, less those before the first image: they
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import Branch, OutOfSight
-from lvlm_fix.dispatch import is_plain
+from lvlm_fix.dispatch import is_plain, looked_into
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family
 from lvlm_fix.passes import Pass, first_query
@@ -59,10 +60,22 @@ class Prefiller:
     ) -> None:
         """Prepare; `attention` is that of the methods, None where none of them changes the decoder's."""
         self.model, self.plain_forward, self.cache_name = model, plain_forward, cache_name
-        self.attention, self.config = attention, family.decoder(model).config
-        # Put over the decoder's for the time of a pass, to keep branches from attending to each other.
-        self.parting = _parting(model, family) if attention is None else None
+        self.family, self.attention, self.config = family, attention, family.decoder(model).config
         self.taken: WeakSet[Cache] = WeakSet()
+
+    @functools.cached_property
+    def parting(self) -> MethodAttention | None:
+        """Put over a decoder's own attention for the time of a pass, to keep branches from attending to each other.
+
+        None where methods do that, and where the decoder's cannot be reached: its branches then take a pass each.
+        """
+        reached = getattr(self.family.decoder(self.model), "_supports_attention_backend", False)
+        if self.attention is not None or not reached:
+            return None
+        try:
+            return MethodAttention(self.model, self.family, ())
+        except (AttributeError, UnsupportedModelError):
+            return None
 
     def part(self, prompt: Prompt, kept: list[Tensor | None], cache: Cache | None = None) -> Part:
         """The branch that sees the tokens `kept` of each image, all of them where that is None."""
@@ -96,8 +109,7 @@ class Prefiller:
         return output, [self._alone(part, rest, 1).logits[:, -1] for part in parts[1:]]
 
     def _joins(self, parts: Sequence[Part], rest: dict[str, Any]) -> bool:
-        shown = ("output_hidden_states", "output_attentions")
-        if any(rest.get(name, getattr(self.config, name, False)) for name in shown):
+        if looked_into(self.config, rest):
             return False  # what is shown would be that of all branches
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             return False  # which logits are kept is said by a tensor, on one device
@@ -146,14 +158,6 @@ class Prefiller:
 
     def _inputs(self, rest: dict[str, Any], cache: Cache | None, **inputs: Any) -> dict[str, Any]:
         return rest | inputs | {self.cache_name: cache, "use_cache": cache is not None}
-
-
-def _parting(model: Any, family: Family) -> MethodAttention | None:
-    """None where a decoder's attention cannot be reached: its branches then take a pass each."""
-    try:
-        return MethodAttention(model, family, ())
-    except (AttributeError, UnsupportedModelError):
-        return None
 
 
 def _prefix(first: Part, part: Part) -> Tensor | None:

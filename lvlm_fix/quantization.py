@@ -135,7 +135,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if codes.shape[-1] % per_byte:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte))
     if sys.byteorder == "big" or per_byte == 1:
-        return (codes.unflatten(-1, (-1, per_byte)) << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
+        return (codes.unflatten(-1, (-1, per_byte)) << shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
     # The codes of a byte, read as one wider number, are moved together: its high bits fall off.
     wider = codes.contiguous().view(torch.int16 if per_byte == 2 else torch.int32)
     packed = wider
@@ -145,9 +145,10 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    codes = (packed.unsqueeze(-1) >> _shifts(bits, packed.device)) & (2**bits - 1)
+    codes = (packed.unsqueeze(-1) >> shifts(bits, packed.device)) & (2**bits - 1)
     return codes.flatten(-2)[..., :length]
 
 
-def _shifts(bits: int, device: torch.device) -> Tensor:
+def shifts(bits: int, device: torch.device) -> Tensor:
+    """By how many bits each code of a byte is shifted, the first lowest."""
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

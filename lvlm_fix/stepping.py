@@ -12,6 +12,7 @@ from torch import Tensor
 from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.compiling import CompiledStep
+from lvlm_fix.dispatch import looked_into
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
 from lvlm_fix.passes import Pass
@@ -88,8 +89,8 @@ class Stepper:
             ids, positions = cache.step_inputs(input_ids)
             real = cache.real(input_ids.shape[1])
         inputs = kwargs | {"input_ids": ids, "attention_mask": None, "position_ids": positions}
-        looked_into = any(kwargs.get(name) for name in ("output_hidden_states", "output_attentions"))
-        compiled = self.compiled if ids.shape[1] == 1 and not looked_into else None
+        compiles = ids.shape[1] == 1 and not looked_into(self.config, kwargs)
+        compiled = self.compiled if compiles else None
         attention = self.attention if compiled is None else compiled.attention
         context: Any = nullcontext()
         if attention is not None:

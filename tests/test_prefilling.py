@@ -127,6 +127,14 @@ def test_a_model_on_several_devices_takes_a_pass_for_each_branch(random_llava, p
         assert len(columns) == passes
 
 
+def test_a_decoder_of_attention_out_of_reach_takes_a_pass_for_each_branch(random_llava, prompts, monkeypatch):
+    """What does not go through transformers' attention interface cannot be kept apart."""
+    model = random_llava[0]
+    monkeypatch.setattr(type(model.get_decoder()), "_supports_attention_backend", False)
+    _, columns = ran(model, (CONTRAST,), prompts, use_cache=False)
+    assert len(columns) == 2
+
+
 def test_the_decoders_attention_is_its_own_again(random_llava, prompts):
     model = random_llava[0]
     config = model.config.text_config

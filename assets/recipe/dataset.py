@@ -64,8 +64,9 @@ def _chunk(first: int, count: int) -> dict[str, np.ndarray]:
     }
 
 
-def _end_with(parent: int) -> None:
-    """Have a worker end soon after its parent: where that is killed, the worker would wait for scenes for good."""
+def _end_with_parent() -> None:
+    """Have a worker end soon after what started it: where that is killed, the worker would wait for scenes for good."""
+    parent = os.getppid()  # not always the recipe itself: Python 3.14 starts workers from a server
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -83,7 +84,7 @@ def render(first: int, count: int, folder: Path, label: str) -> Scenes:
         starts = range(first, first + count, CHUNK)
         sizes = [min(CHUNK, first + count - start) for start in starts]
         workers = min(16, os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
             bar = tqdm(pool.map(_chunk, starts, sizes), total=len(sizes), desc=label, unit=f"x{CHUNK} scenes")
             parts = list(bar)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
