@@ -68,13 +68,11 @@ class CompiledStep:
 
     @contextmanager
     def _standing_in(self) -> Any:
-        config = self.attention.interception.config
-        configured, token = config._attn_implementation, _ATTENTION.set(self.attention)
-        config._attn_implementation = IMPLEMENTATION
+        token = _ATTENTION.set(self.attention)
         try:
-            yield
+            with self.attention.interception.replaced_by(IMPLEMENTATION):
+                yield
         finally:
-            config._attn_implementation = configured
             _ATTENTION.reset(token)
 
 

@@ -7,7 +7,8 @@ This file and `attachment` are where lvlm-fix relies on how transformers calls a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class Interception:
         for module in self.modules:
             _HANDLERS[module] = self.handler
         self.config._attn_implementation = _registered(self.original, self.own_mask)
+
+    @contextmanager
+    def replaced_by(self, implementation: str) -> Iterator[None]:
+        """Within, all modules that read the same configuration attend by another implementation that is registered."""
+        configured, self.config._attn_implementation = self.config._attn_implementation, implementation
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = configured
 
     def remove(self) -> None:
         if self.original is None:

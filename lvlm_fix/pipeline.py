@@ -25,6 +25,7 @@ from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.prefilling import Part, Prefiller
 from lvlm_fix.prompt import Prompt, layout
+from lvlm_fix.replaying import ReplayedStep
 from lvlm_fix.reporting import Report
 from lvlm_fix.stepping import Stepper, contrasted
 
@@ -49,10 +50,16 @@ class Pipeline:
         self.encoder = ImageEncoder(model, family, scoring, companion)
         attends = bool({"attention", "cache"} & stages)
         self.attention = MethodAttention(model, family, methods) if attends else None
-        step = None
+        step: CompiledStep | ReplayedStep | None = None
         if compiled:
             attention = self.attention or MethodAttention(model, family, ())
-            step = CompiledStep(plain_forward, attention, model.device)
+            places = {parameter.device for parameter in model.parameters()}
+            on_one_gpu = len(places) == 1 and places.pop().type == "cuda"
+            step = (
+                ReplayedStep(plain_forward, attention)
+                if on_one_gpu
+                else CompiledStep(plain_forward, attention, model.device)
+            )
         self.step = Stepper(plain_forward, methods, self.attention, family.decoder(model).config, step)
         self.prefill = Prefiller(model, family, plain_forward, self.attention, self.cache_name)
         self.report: Report | None = None

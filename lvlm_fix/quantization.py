@@ -93,7 +93,8 @@ def quantize_kv(
         channel_scale = channel_scale.masked_fill(channel_scale == 0, 1)
         x = x / channel_scale
     zero_point, top = wide(x).amin(dims, keepdim=True), wide(x).amax(dims, keepdim=True)
-    scale = _round_up((top - zero_point) / (2**bits - 1), x.dtype)
+    # A GPU multiplies by a number's rounded inverse, and divides by a tensor: codes are the same everywhere.
+    scale = _round_up((top - zero_point) / zero_point.new_full((), 2**bits - 1), x.dtype)
     codes = ((wide(x) - zero_point) / wide(scale)).round().to(torch.uint8)
     return QuantizedTensor(
         _pack(codes, bits), scale, zero_point.to(x.dtype), bits, x.shape[-1], channel_scale

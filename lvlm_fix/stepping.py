@@ -16,6 +16,7 @@ from lvlm_fix.dispatch import looked_into
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
 from lvlm_fix.passes import Pass
+from lvlm_fix.replaying import ReplayedStep
 from lvlm_fix.reporting import Report
 
 
@@ -28,7 +29,7 @@ class Stepper:
         methods: Sequence[Method],
         attention: MethodAttention | None,
         config: Any,
-        compiled: CompiledStep | None = None,
+        compiled: CompiledStep | ReplayedStep | None = None,
     ) -> None:
         self.config, self.compiled = config, compiled
         self.plain_forward, self.methods, self.attention = plain_forward, frozenset(methods), attention

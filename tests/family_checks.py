@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from recorded_operations import stand_in
 from slow import Conversation, SlowDecoder, best, largest_difference, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -288,6 +289,14 @@ class FamilyChecks:
         compiled, said = logits_of(model, FIXES["all"], inputs, compile=True)
         assert torch.equal(said, sequences)
         assert max(map(largest_difference, compiled, logits)) < TOLERANCE
+
+    @torch.inference_mode()
+    def test_steps_that_are_recorded_and_replayed_say_the_same(self, loaded, inputs, monkeypatch):
+        stand_in(monkeypatch)
+        logits, sequences = logits_of(loaded[0], FIXES["all"], inputs)
+        replayed, said = logits_of(loaded[0], FIXES["all"], inputs, compile=True)
+        assert torch.equal(said, sequences)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(replayed, logits, strict=True))
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
     @pytest.mark.parametrize("name", ["vtc_cls damro", "var", "zipvl", "all"])

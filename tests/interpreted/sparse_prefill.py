@@ -5,7 +5,7 @@ The reference is the oracle of `visual_attention` with nothing to redistribute, 
 
 import pytest
 import torch
-from on_device import TOLERANCE
+from on_device import GPU, TOLERANCE
 
 from lvlm_fix import functional
 from lvlm_fix.kernels.fused.sparse_prefill import fused_sparse_prefill
@@ -89,7 +89,9 @@ def test_huge_logits_leave_one_weight_of_one():
     query[..., 0], key[0, 0, :, 0] = 1024, torch.arange(-20, 20) * 4.0
     important = torch.rand(1, 40) < 0.5
     out = assert_agrees(query, key, value, important, scale=1.0)
-    assert torch.equal(out[0, 0, important[0]], value[0, 0, important[0]])
+    # On a GPU a float32 is multiplied as the sum of two tf32, which keep 22 of its 24 bits.
+    expected = value[0, 0, important[0]]
+    torch.testing.assert_close(out[0, 0, important[0]], expected, rtol=2**-20 if GPU else 0, atol=0)
 
 
 def test_strided_inputs():

@@ -1,0 +1,130 @@
+"""Decoding steps as CUDA graphs that stop at attention: the words and logits of plain steps, bit for bit.
+
+On a GPU, by LVLM_FIX_GPU=1 CUDA_VISIBLE_DEVICES=0; without one, operations are recorded instead.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from on_device import GPU
+from recorded_operations import stand_in
+from test_compiling import CONTRAST, FIXES, OPTIONS, PACK, prompts, say  # noqa: F401
+
+from lvlm_fix import UnsupportedModelError, attach
+from lvlm_fix.attention import MethodAttention
+from lvlm_fix.replaying import MOST
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:damro with vtc_cls"),
+    pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def placed(embedded, prompts):  # noqa: F811
+    if not GPU:
+        return embedded[0], prompts
+    return deepcopy(embedded[0]).cuda(), prompts.to("cuda")
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch):
+    """What stands in for CUDA graphs; None on a GPU."""
+    return None if GPU else stand_in(monkeypatch)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("how", OPTIONS)
+@pytest.mark.parametrize("name", FIXES)
+def test_the_words_and_logits_are_those_of_plain_steps(placed, name, how):
+    model, inputs = placed
+    plainly, replayed = (
+        say(model, FIXES[name], inputs, compile, **OPTIONS[how]) for compile in (False, True)
+    )
+    assert torch.equal(replayed.sequences, plainly.sequences)
+    for ours, theirs in zip(replayed.logits, plainly.logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.inference_mode()
+def test_a_step_is_recorded_once_for_all_prompts_of_as_many_rows(placed, graphs):
+    model, inputs = placed
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    layers = model.config.get_text_config().num_hidden_layers
+    with attach(model, *FIXES["all"], compile=True) as fix:
+        said = [model.generate(**inputs, **options) for _ in range(2)]
+        recordings = list(fix.pipeline.step.compiled.recordings.values())
+        if graphs is not None:
+            # The first step of 14 is as it was, and in the second each graph runs as it is made.
+            assert [graph.replayed for graph in graphs.made] == [13] * (layers + 1)
+    assert torch.equal(*said)
+    assert [len(recording.graphs) for recording in recordings] == [layers + 1]
+
+
+@torch.inference_mode()
+def test_what_a_step_said_stays_when_the_next_one_runs(placed):
+    model, inputs = placed
+    with attach(model, PACK, compile=True):
+        cache = model(**inputs, use_cache=True)
+        ids, said = inputs["input_ids"][:, -1:], []
+        kept = getattr(cache, "cache", None) or cache.past_key_values
+        for _ in range(5):
+            logits = model(input_ids=ids, past_key_values=kept, use_cache=True).logits
+            said.append((logits, logits.clone()))
+    assert all(torch.equal(now, then) for now, then in said)
+    assert not torch.equal(said[-1][0], said[-2][0])
+
+
+@torch.inference_mode()
+def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures):
+    model = placed[0]
+    with attach(model, CONTRAST, compile=True) as fix:
+        for rows in range(1, MOST + 3):
+            inputs = ask(embedded[1], *[([sample_pictures["kitchen"]], "Is there a fork?")] * rows)
+            model.generate(**inputs.to(model.device), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        recordings = fix.pipeline.step.compiled.recordings
+        assert len(recordings) == MOST
+
+
+@torch.inference_mode()
+def test_a_model_that_asks_the_device_for_a_number_is_refused(placed, monkeypatch):
+    model, inputs = placed
+    norm = model.get_decoder().norm
+    plain = norm.forward
+    with attach(model, CONTRAST, compile=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(norm, "forward", lambda x: plain(x) if x.sum().item() < 1e9 else x)
+            with pytest.raises(
+                UnsupportedModelError, match=r"cannot record .* as CUDA graphs .*: leave it out"
+            ):
+                model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+        # What failed leaves nothing behind that would keep the next from being recorded.
+        said = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(
+        said, say(model, (CONTRAST,), inputs, False, max_new_tokens=4, min_new_tokens=4).sequences
+    )
+
+
+@torch.inference_mode()
+def test_an_error_in_attention_comes_through(placed, monkeypatch):
+    model, inputs = placed
+    config = model.get_decoder().config
+    before, attend_next = config._attn_implementation, MethodAttention.attend_next
+    layers, calls = config.num_hidden_layers, []
+
+    def fail(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > layers + 1:  # in the second step, which is recorded
+            raise KeyError("stop")
+        return attend_next(self, *args, **kwargs)
+
+    with attach(model, CONTRAST, compile=True):
+        attached = config._attn_implementation
+        monkeypatch.setattr(MethodAttention, "attend_next", fail)
+        with pytest.raises(KeyError, match="stop"):
+            model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+        assert config._attn_implementation == attached
+    assert config._attn_implementation == before
