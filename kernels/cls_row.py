@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lvlm_fix._tensors import require, sizes, wide
 from lvlm_fix.kernels.dispatch import note, require_one_device, require_one_dtype
-from lvlm_fix.kernels.fused.launch import fits
+from lvlm_fix.kernels.fused.launch import fits, on_device_of
 
 __all__ = ["cls_row", "rows_of_layers"]
 
@@ -50,8 +50,7 @@ def cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
         from lvlm_fix.kernels.fused.cls_row import fused_cls_row
 
         note("cls_row", "triton")
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(key.device):
+        with on_device_of(key):
             return fused_cls_row(query, key, num_heads)
     note("cls_row", "torch")
     return _cls_row(query, key, num_heads)

@@ -20,8 +20,8 @@ COUNTS = dict.fromkeys(
     ["heads", "shared", "group", "queries", "tokens", "length", "runs", "changed_tiles"], "i32"
 )
 PARAMETERS = dict.fromkeys(["scale", "rho", "min_image_attention", "p"], "fp32")
-LISTS = dict.fromkeys(["start", "count", "sinks", "image_sinks"], "*i32")
-PARTS = {"values": "*fp32", "sums": "*fp32", "first_query": "*i64", "first_b": "i32"}
+LISTS = dict.fromkeys(["start", "count", "sinks"], "*i32")
+PARTS = {"partial": "*fp32", "first_query": "*i64", "first_b": "i32"}
 ALL = {**MASKS, **STRIDES, **COUNTS, **PARAMETERS, **LISTS, **PARTS}
 # A configuration is compiled at the largest head size that it serves, where it takes the most.
 each_configuration = pytest.mark.parametrize(

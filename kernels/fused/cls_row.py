@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import with_near_elements
+from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2, with_near_elements
 from lvlm_fix.kernels.fused.visual_common import LOG2_E
 
 __all__ = ["cls_row_configuration", "fused_cls_row"]
@@ -26,7 +26,7 @@ TOKENS = 128
 
 def cls_row_configuration(width: int) -> tuple[int, int]:
     """Tokens and columns of a tile: 4,096 numbers are 32 registers a thread, and towers give a few hundred tiles."""
-    columns = min(128, max(16, triton.next_power_of_2(width)))
+    columns = min(128, max(16, next_power_of_2(width)))
     return 4096 // columns, columns
 
 
@@ -35,7 +35,7 @@ def fused_cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     batch, tokens, width = key.shape
     query, key = with_near_elements(query), with_near_elements(key)
     rows, columns = cls_row_configuration(width // num_heads)
-    blocks = triton.cdiv(tokens, rows)
+    blocks = cdiv(tokens, rows)
     logits = torch.empty(batch, num_heads, tokens, dtype=torch.float32, device=key.device)
     sums = torch.empty(batch, num_heads, 2, blocks, dtype=torch.float32, device=key.device)
     out = torch.empty(batch, tokens - 1, dtype=torch.float32, device=key.device)
@@ -43,9 +43,9 @@ def fused_cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
         query, key, logits, sums, query.stride(0), key.stride(0), key.stride(1), tokens, blocks,
         WIDTH=width // num_heads, ROWS=rows, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
-    _mean_of_heads[(triton.cdiv(tokens - 1, TOKENS), batch)](
+    _mean_of_heads[(cdiv(tokens - 1, TOKENS), batch)](
         logits, sums, out, num_heads, tokens, blocks,
-        BLOCKS=max(2, triton.next_power_of_2(blocks)), ROWS=TOKENS, num_warps=4,
+        BLOCKS=max(2, next_power_of_2(blocks)), ROWS=TOKENS, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2, on_device_of
+
 # Tokens a program: 16 blocks of a 32,000-token vocabulary and 75 of a 150,000-token one. Fewer would leave most of a
 # GPU idle at batch size 1; with more, `_combine` would read more maxima than tokens.
 BLOCK = 2048
@@ -83,14 +85,13 @@ def fused_contrast(
     """`kernels.contrast` by Triton, inputs unchecked; the second result is None without `argmax`."""
     shape, vocabulary = logits.shape[:-1], logits.shape[-1]
     logits, negative_logits = logits.contiguous(), negative_logits.contiguous()
-    rows, blocks = logits.numel() // vocabulary, triton.cdiv(vocabulary, BLOCK)
-    every = triton.next_power_of_2(blocks)
+    rows, blocks = logits.numel() // vocabulary, cdiv(vocabulary, BLOCK)
+    every = next_power_of_2(blocks)
     out = torch.empty_like(logits)
     maxima, best = logits.new_empty(2, rows, blocks, dtype=torch.float32).unbind()
     best_token = logits.new_empty(rows if argmax else 0, blocks, dtype=torch.int32)
     most_likely = logits.new_empty(rows if argmax else 0, dtype=torch.long)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(logits):
+    with on_device_of(logits):
         log_beta = math.log(beta) if beta > 0 else -math.inf
         _block_maxima[(rows, blocks)](logits, maxima, vocabulary, blocks, BLOCK=BLOCK, num_warps=WARPS)
         _combine[(rows, blocks)](

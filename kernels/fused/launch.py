@@ -1,7 +1,9 @@
 """What the fronts and launchers share: which tensors Triton takes, and how they must lie in memory."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +11,14 @@ from torch import Tensor
 __all__ = [
     "LOG2_E",
     "capability",
+    "cdiv",
     "fits",
     "fits_attention",
     "fits_head",
     "is_hopper",
+    "multiprocessors",
+    "next_power_of_2",
+    "on_device_of",
     "padded_width",
     "precision",
     "with_near_elements",
@@ -51,13 +57,32 @@ def _has_kernels(device: torch.device) -> bool:
     """Whether Triton is here for a GPU of NVIDIA's, Ampere or newer; ROCm calls its devices CUDA too."""
     if torch.version.hip is not None or find_spec("triton") is None:
         return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor >= OLDEST_CAPABILITY
+    return _capability(device) >= OLDEST_CAPABILITY
+
+
+# Triton has both, but made for kernels: to the host a call of them is half a launch.
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is no less than `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 def padded_width(width: int) -> int:
     """The power of two that a head of `width` is filled up to; tensor cores multiply no fewer than 16 numbers."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, next_power_of_2(width))
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of `x`."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -69,8 +94,19 @@ def capability(x: Tensor) -> int:
     """Compute capability of the device of x, 90 for sm_90; that of an H100 in Triton's interpreter."""
     if not x.is_cuda:
         return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _capability(x.device)
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def is_hopper(capability: int) -> bool:

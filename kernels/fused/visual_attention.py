@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import padded_width, with_near_elements
+from lvlm_fix.kernels.fused.launch import cdiv, padded_width, with_near_elements
 from lvlm_fix.kernels.fused.visual_common import (
     BOOST,
     DOT,
@@ -86,7 +86,7 @@ def visual_prefill(
         MASKED=masked, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     tile = prefill_configuration(width, query.element_size(), hopper)
-    changed_tiles, plain_tiles = triton.cdiv(queries, tile.changed), triton.cdiv(queries, tile.rows)
+    changed_tiles, plain_tiles = cdiv(queries, tile.changed), cdiv(queries, tile.rows)
     _visual_prefill[(changed_tiles + plain_tiles, heads, batch)](
         query, key, value, out, image, sink, seen, start, count, sinks,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],

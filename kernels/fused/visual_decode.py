@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import padded_width, with_near_elements
+from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2, padded_width, with_near_elements
 from lvlm_fix.kernels.fused.visual_common import (
     BOOST,
     DOT,
@@ -36,6 +36,8 @@ __all__ = ["decode_configuration", "run_length", "visual_decode"]
 
 # tl.dot takes no fewer rows.
 ROWS = 16
+# Of each row and run: its maximum, the sums of all, receivers, image sinks and sinks, and how many image sinks it has.
+NUMBERS = tl.constexpr(6)
 # Runs that one reducing program adds up.
 MOST_RUNS = 64
 # Warps of that program: MOST_RUNS rows of the widest head are 64 registers each.
@@ -70,7 +72,7 @@ def decode_configuration(width: int, itemsize: int) -> Decoding:
 def run_length(tokens: int, programs: int, places: int, keys: int) -> int:
     """Keys a program takes, whole blocks of `keys`, so that `programs` times the runs fill the GPU's `places`."""
     runs = min(MOST_RUNS, max(1, places // programs))
-    return max(2, triton.cdiv(triton.cdiv(tokens, runs), keys)) * keys
+    return max(2, cdiv(cdiv(tokens, runs), keys)) * keys
 
 
 def visual_decode(
@@ -89,22 +91,22 @@ def visual_decode(
     shared, tokens = key.shape[1:3]
     group = heads // shared
     query, key, value = with_near_elements(query), with_near_elements(key), with_near_elements(value)
-    out = torch.empty_like(query)
+    # In the order that the layer's next product wants.
+    out = torch.empty(batch, queries, heads, width, dtype=query.dtype, device=query.device).transpose(1, 2)
     image, sink = as_bytes(given.image_mask), as_bytes(given.sink_mask)
     seen = as_bytes(key_mask) if key_mask is not None else sink
     first = given.first_queries()
     tile = decode_configuration(width, query.element_size())
-    row_tiles = triton.cdiv(group * queries, ROWS)
+    row_tiles = cdiv(group * queries, ROWS)
     length = run_length(tokens, batch * shared * row_tiles, tile.resident * multiprocessors, tile.keys)
-    runs = triton.cdiv(tokens, length)
-    # Of each row and run: weighted values of others, receivers and sinks, then the maximum and four sums.
-    values = torch.empty(batch, heads, queries, runs, 3, width, dtype=torch.float32, device=query.device)
-    sums = torch.empty(batch, heads, queries, 5, runs, dtype=torch.float32, device=query.device)
-    image_sinks = torch.empty(batch, shared, runs, dtype=torch.int32, device=query.device)
+    runs = cdiv(tokens, length)
+    # Of each row and run: weighted values of others, receivers and sinks; behind all those, NUMBERS numbers of each.
+    size = batch * heads * queries * runs * (3 * width + NUMBERS.value)
+    partial = torch.empty(size, dtype=torch.float32, device=query.device)
     block_d = padded_width(width)
     scale, *gate = numbers_of(given, width, scale)
     _visual_decode[(runs, shared * row_tiles, batch)](
-        query, key, value, image, sink, seen, values, sums, image_sinks,
+        query, key, value, image, sink, seen, partial,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         image.stride(0), sink.stride(0), seen.stride(0),
         shared, group, queries, tokens, length, scale,
@@ -113,17 +115,15 @@ def visual_decode(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     _combine[(heads * queries, batch)](
-        values, sums, image_sinks, first, out,
-        *out.stride()[:3], 0 if len(first) == 1 else 1,
-        heads, shared, queries, tokens, runs, *gate,
-        WIDTH=width, BLOCK_D=block_d, BLOCK_R=max(2, triton.next_power_of_2(runs)), num_warps=COMBINING_WARPS,
+        partial, first, out, 0 if len(first) == 1 else 1, queries, tokens, runs, *gate,
+        WIDTH=width, BLOCK_D=block_d, BLOCK_R=max(2, next_power_of_2(runs)), num_warps=COMBINING_WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["image_b", "sink_b", "seen_b", "tokens", "queries", "length"])
 def _visual_decode(
-    query, key, value, image, sink, seen, values, sums, image_sinks,
+    query, key, value, image, sink, seen, partial,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t, image_b, sink_b, seen_b,
     shared, group, queries, tokens, length, scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -184,32 +184,34 @@ def _visual_decode(
 
     # Rows in the order (item, head, query), which is that of both tensors.
     line = (item * shared * group + head) * queries + asking
-    place = values + ((line * runs + run) * 3 * WIDTH)[:, None] + d[None, :]
+    place = partial + ((line * runs + run) * 3 * WIDTH)[:, None] + d[None, :]
     tl.store(place, others, mask=inside)
     tl.store(place + WIDTH, received * (1 / BOOST), mask=inside)
     tl.store(place + 2 * WIDTH, sinks, mask=inside)
-    place = sums + line * 5 * runs + run
+    lines = tl.num_programs(2).to(tl.int64) * shared * group * queries
+    place = partial + lines * runs * 3 * WIDTH + line * NUMBERS * runs + run
     tl.store(place, highest, mask=real)
     tl.store(place + runs, total, mask=real)
     tl.store(place + 2 * runs, to_receivers, mask=real)
     tl.store(place + 3 * runs, to_image_sinks, mask=real)
     tl.store(place + 4 * runs, to_sinks, mask=real)
-    tl.store(image_sinks + (item * shared + key_head) * runs + run, found)
+    tl.store(place + 5 * runs, tl.full((BLOCK_M,), 0.0, tl.float32) + found, mask=real)
 
 
-@triton.jit(do_not_specialize=["heads", "shared", "queries", "tokens", "runs"])
+@triton.jit(do_not_specialize=["queries", "tokens", "runs"])
 def _combine(
-    values, sums, image_sinks, first_query, out,
-    out_b, out_h, out_t, first_b, heads, shared, queries, tokens, runs, rho, min_image_attention, p,
+    partial, first_query, out, first_b, queries, tokens, runs, rho, min_image_attention, p,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One row: its runs to one maximum, the gate, the factors of its classes."""
+    heads = tl.num_programs(0) // queries
     head, asking = tl.program_id(0) // queries, tl.program_id(0) % queries
     item = tl.program_id(1).to(tl.int64)
     run, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     real = run < runs
     line = (item * heads + head) * queries + asking
-    place = sums + line * 5 * runs + run
+    lines = tl.num_programs(1).to(tl.int64) * tl.num_programs(0)
+    place = partial + lines * runs * 3 * WIDTH + line * NUMBERS * runs + run
     highest = tl.load(place, mask=real, other=float("-inf"))
     top = tl.max(highest, 0)
     factor = tl.exp2(highest - tl.where(top == float("-inf"), 0, top))
@@ -217,18 +219,17 @@ def _combine(
     to_receivers = tl.sum(factor * tl.load(place + 2 * runs, mask=real, other=0.0), 0)
     to_image_sinks = tl.sum(factor * tl.load(place + 3 * runs, mask=real, other=0.0), 0)
     to_sinks = tl.sum(factor * tl.load(place + 4 * runs, mask=real, other=0.0), 0)
-    of_key_head = image_sinks + (item * shared + head // (heads // shared)) * runs
-    found = tl.sum(tl.load(of_key_head + run, mask=real, other=0), 0)
+    found = tl.sum(tl.load(place + 5 * runs, mask=real, other=0.0), 0)
     first = tl.load(first_query + item * first_b)
     may_change = (found > 0) & (tokens - queries + asking >= first)
     kept, gain = changes(
         may_change, total, to_receivers, to_image_sinks, to_sinks, rho, min_image_attention, p
     )
     inside = real[:, None] & (d < WIDTH)[None, :]
-    place = values + ((line * runs + run) * 3 * WIDTH)[:, None] + d[None, :]
+    place = partial + ((line * runs + run) * 3 * WIDTH)[:, None] + d[None, :]
     row = tl.load(place, mask=inside, other=0.0)
     row += (1 + gain) * tl.load(place + WIDTH, mask=inside, other=0.0)
     row += kept * tl.load(place + 2 * WIDTH, mask=inside, other=0.0)
     row = tl.sum(row * factor[:, None], 0) / tl.where(total == 0, 1, total)
-    place = out + item * out_b + tl.cast(head, tl.int64) * out_h + tl.cast(asking, tl.int64) * out_t + d
+    place = out + ((item * queries + asking) * heads + head) * WIDTH + d
     tl.store(place, row.to(out.dtype.element_ty), mask=d < WIDTH)

@@ -1,9 +1,8 @@
 """Which kernel runs attention with VAR inside, and with what of the GPU."""
 
-import torch
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import capability, is_hopper
+from lvlm_fix.kernels.fused.launch import capability, is_hopper, multiprocessors, on_device_of
 from lvlm_fix.kernels.fused.visual_attention import visual_prefill
 from lvlm_fix.kernels.fused.visual_decode import visual_decode
 from lvlm_fix.kernels.redistribution import Redistribution
@@ -25,11 +24,9 @@ def fused_attention(
 ) -> Tensor:
     """Arguments and result of `redistributed_attention`, for tensors that `launch.fits_attention` takes."""
     rows = query.shape[2] * query.shape[1] // key.shape[1]
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(query.device):
+    with on_device_of(query):
         if rows <= FEW or query.shape[2] == 1:
-            gpu = torch.cuda.get_device_properties(query.device)
-            few = gpu.multi_processor_count
-            return visual_decode(query, key, value, given, causal, key_mask, scale, multiprocessors=few)
+            count = multiprocessors(query.device)
+            return visual_decode(query, key, value, given, causal, key_mask, scale, multiprocessors=count)
         hopper = is_hopper(capability(query))
         return visual_prefill(query, key, value, given, causal, key_mask, scale, hopper=hopper)
