@@ -97,7 +97,8 @@ class BranchedCache(Cache):
         self.unpadded = bool(self.mask.all())
         self.slides = any(getattr(layer, "is_sliding", False) for layer in self.layers)
         found = sorted({layer for branch in branches for layer in branch.sinks})
-        self.sinks = {layer: _stacked_sinks(branches, layer, width) for layer in found}
+        stacked = {layer: _stacked_sinks(branches, layer, width) for layer in found}
+        self.sinks = _in_images(stacked, self.image_mask)
         self._slots: dict[Any, tuple[int, Slots]] = {}
         self.methods, self.name = methods, name
         self.apart = [BranchedCache([branch], full_length, methods, name) for branch in apart]
@@ -152,6 +153,11 @@ class BranchedCache(Cache):
     def pictured(self, rows: int) -> Tensor | None:
         """Which of the rows (rows,) have pictures; None where all have."""
         return None if self.all_pictured else self.image_mask[:rows].any(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values, before they are packed."""
+        return cast(Any, self.layers[0]).dtype
 
     def wait(self, input_ids: Tensor) -> None:
         """Fall behind by further tokens (rows, Q)."""
@@ -281,6 +287,13 @@ def _stacked_sinks(branches: list[Branch], layer: int, width: int) -> Tensor:
         for branch, sinks in zip(branches, found, strict=True)
     ]
     return torch.cat([_pad_left(mask, width, dim=1) for mask in masks])
+
+
+def _in_images(sinks: dict[int, Tensor], image_mask: Tensor) -> dict[int, Tensor]:
+    """Those layers' sinks (R, T) of which some are in an image: VAR leaves other layers alone."""
+    found = [(mask & image_mask.to(mask.device)).any().to(image_mask.device) for mask in sinks.values()]
+    told = torch.stack(found).tolist() if found else []
+    return {layer: mask for (layer, mask), is_told in zip(sinks.items(), told, strict=True) if is_told}
 
 
 def _pad_left(tensor: Tensor, width: int, dim: int) -> Tensor:

@@ -21,6 +21,19 @@ from lvlm_fix.kernels.visual_attention import redistributed_attention
 ROOM = 128
 """Keys that masks are written ahead of."""
 
+WORD = 16
+"""Elements to whose multiple the rows of a mask are filled up."""
+
+
+def hiding(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its logits (R, 1, 1, T) so that keys that are not `real` (R, T) are not seen.
+
+    Of bool masks torch makes such numbers in every layer, and on a GPU a copy of rows that are no whole words.
+    """
+    rows, keys = real.shape
+    bias = torch.zeros(rows, 1, 1, -(-keys // WORD) * WORD, dtype=dtype, device=real.device)[..., :keys]
+    return bias.masked_fill_(~real[:, None, None], -torch.inf)
+
 
 class Slots:
     """What decoding must know of the keys of one layer; keys that come after it was made are real text."""
@@ -47,8 +60,7 @@ class Slots:
         self.bias = self.columns = self.exchange = None
         self._given: tuple[Redistribution, Redistribution] | None = None
         if self.hides:
-            bias = torch.zeros(self.real.shape, dtype=self.dtype, device=real.device)
-            self.bias = bias.masked_fill_(~self.real, -torch.inf)[:, None, None]
+            self.bias = hiding(self.real, self.dtype)
         if self.sinks is not None:
             shown, sunk = self.image & self.real, self.sinks & self.real
             columns = torch.stack([shown & ~sunk, sunk, shown], dim=1)

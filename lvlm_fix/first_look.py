@@ -13,6 +13,7 @@ from torch import Tensor
 from lvlm_fix.encoding import Encoded
 from lvlm_fix.errors import PremiseWarning
 from lvlm_fix.methods import DAMRO, VAR, VTCCLS, Method, ZipVL
+from lvlm_fix.methods.base import made
 from lvlm_fix.models.base import Family
 from lvlm_fix.passes import Pass
 from lvlm_fix.premises import NEEDED, Premise, Seen, damro, local_detail, var, vtc_cls, zipvl
@@ -70,14 +71,15 @@ def _var_at_hand(method: Any, model: Any, family: Family, images: list[Encoded],
     rows = this.image_mask.any(1)
     sinks, heads = [], []
     for values in told:
-        mask, own = this.image_mask.to(values["sinks"].device), rows.to(values["sinks"].device)
-        sinks.append(_number((values["sinks"] & mask)[own].sum(1)))
-        heads.append(_number(values["heads"][own]))
+        found = made(values["sinks"])
+        mask, own = this.image_mask.to(found.device), rows.to(found.device)
+        sinks.append(_number((found & mask)[own].sum(1)))
+        heads.append(_number(made(values["heads"])[own]))
     return var(method.sink_dims or (), sinks, heads, range(len(told)))
 
 
 def _zipvl_at_hand(method: Any, model: Any, family: Family, images: list[Encoded], this: Any) -> Premise:
-    found = zipvl([_number(values["ratios"]) for _, values in this.told[ZipVL.name]], method.tau)
+    found = zipvl([_number(made(values["ratios"])) for _, values in this.told[ZipVL.name]], method.tau)
     # What counts here is what ZipVL skips: the ratios hold the newest tokens, which always stay.
     said = f"it must attend to {found.numbers['needed']:.0%} of the tokens, mean over layers; "
     said += f"it needs at most {NEEDED:.0%}"

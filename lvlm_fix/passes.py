@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lvlm_fix.methods.base import Told
+
 
 @dataclass
 class Pass:
@@ -31,7 +33,7 @@ class Pass:
     shared: dict[Any, Any] = field(default_factory=dict)
     layers_seen: int = 0
     unpadded: bool = False
-    told: dict[str, list[tuple[int, dict[str, Tensor]]]] = field(default_factory=dict)
+    told: dict[str, list[tuple[int, dict[str, Told]]]] = field(default_factory=dict)
     prefix: Tensor | None = None
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lvlm_fix.encoding import Encoded
-from lvlm_fix.methods.base import Method
+from lvlm_fix.methods.base import Method, Told, made
 from lvlm_fix.packed_layer import PackedLayer
 from lvlm_fix.passes import Pass
 
@@ -91,15 +91,15 @@ class Report:
 
 
 def _of_row(
-    told: list[tuple[int, dict[str, Tensor]]], row: int, prompt: int, this: Pass, held: dict[str, Tensor]
+    told: list[tuple[int, dict[str, Told]]], row: int, prompt: int, this: Pass, held: dict[str, Tensor]
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"prompt": prompt, "layers": [layer for layer, _ in told]}
     for key in told[0][1]:
-        entry[key] = functools.partial(_by_layer, [values[key][row] for _, values in told])
+        entry[key] = functools.partial(_by_layer, [values[key] for _, values in told], row)
     if "sinks" in entry:
         # By number among the row's own tokens, and among those of its images: padding counts nowhere.
         for name, among in (("sinks", this.real[row]), ("image_sinks", this.image_mask[row])):
-            entry[name] = functools.partial(_among, [values["sinks"][row] for _, values in told], among)
+            entry[name] = functools.partial(_among, [values["sinks"] for _, values in told], row, among)
     if "ratios" in entry:
         entry |= {name: functools.partial(int, count[row]) for name, count in held.items()}
     return entry
@@ -119,14 +119,16 @@ def _bytes(this: Pass) -> dict[str, Tensor]:
     return {"bytes": torch.stack(held).sum(0), "full_bytes": this.real.sum(1) * full}
 
 
-def _among(masks: list[Tensor], among: Tensor) -> list[list[int]]:
-    """Where each mask (T,) is True, counted over the columns that `among` (T,) has."""
-    return _by_layer([mask[among.to(mask.device)] for mask in masks])
+def _among(masks: list[Told], row: int, among: Tensor) -> list[list[int]]:
+    """Where a row of each mask (R, T) is True, counted over the columns that `among` (T,) has."""
+    rows = [made(mask)[row] for mask in masks]
+    return [mask[among.to(mask.device)].nonzero()[:, 0].tolist() for mask in rows]
 
 
-def _by_layer(values: list[Tensor]) -> list[Any]:
-    """Numbers as they are; of masks, where they are True."""
-    return [value.item() if value.ndim == 0 else value.nonzero()[:, 0].tolist() for value in values]
+def _by_layer(values: list[Told], row: int) -> list[Any]:
+    """A row's numbers as they are; of masks, where they are True."""
+    rows = [made(value)[row] for value in values]
+    return [value.item() if value.ndim == 0 else value.nonzero()[:, 0].tolist() for value in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.compiling import CompiledStep
+from lvlm_fix.decoding import hiding
 from lvlm_fix.dispatch import looked_into
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
@@ -102,16 +103,16 @@ class Stepper:
             context = attention.running(this)
         if since_prompt is not None or not cache.unpadded:
             of_one_token = attention is None and ids.shape[1] == 1 and not cache.slides
-            inputs["attention_mask"] = self._mask(real, of_one_token)
+            inputs["attention_mask"] = self._mask(real, cache.dtype, of_one_token)
         inputs |= {cache.name: cache}
         with context, cache.attached():
             return self.plain_forward(**inputs)
 
-    def _mask(self, real: Tensor, of_one_token: bool) -> Tensor:
+    def _mask(self, real: Tensor, dtype: torch.dtype, of_one_token: bool) -> Tensor:
         """Keys that are no padding (R, T), as the model's forward pass takes them."""
         if of_one_token and self.config._attn_implementation == "sdpa":
             # What transformers would make of it, in a twentieth of a small model's step.
-            return real[:, None, None]
+            return hiding(real, dtype)
         return real.long()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,6 +10,13 @@ from torch import Tensor
 
 from lvlm_fix.kernels import Redistribution
 from lvlm_fix.vision import VisionEncoding
+
+Told = Tensor | Callable[[], Tensor]
+"""What a report is made of: a tensor, or what makes it when somebody reads."""
+
+
+def made(told: Told) -> Tensor:
+    return told if isinstance(told, Tensor) else told()
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class AttentionStep:
         important: (R, T) bool, set in the prefill to let only these tokens attend and be attended to.
         redistribution: set to move attention from sinks to the image.
         shared: what a method wants to keep from layer to layer of one prefill.
-        told: what a method wants in the report of this layer: by key, one entry a row, numbers (R,) or masks (R, ...).
+        told: what a method wants in the report of this layer: by key, one entry a row, numbers (R,) or masks (R, ...);
+            or what makes them when the report is read.
     """
 
     layer: int
@@ -48,7 +57,7 @@ class AttentionStep:
     important: Tensor | None = None
     redistribution: Redistribution | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
-    told: dict[str, Tensor] = field(default_factory=dict)
+    told: dict[str, Told] = field(default_factory=dict)
 
 
 class Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -72,8 +73,10 @@ class VAR(Method):
             threshold = self.threshold(step.hidden_states.shape[-1])
             sinks = sink_tokens(step.hidden_states, self.sink_dims, threshold) & step.real
             step = self._tell(step, sinks)
-            # The paper leaves a layer without image sinks alone; None spares decoding the question.
-            sinks = sinks if bool((sinks & step.image_mask).any()) else None
+            # The paper leaves a layer without image sinks alone. On a GPU the kernel sees to that: to ask would wait
+            # for the device in every layer, and the KV cache asks once for all of them.
+            if not sinks.is_cuda and not bool((sinks & step.image_mask).any()):
+                sinks = None
         if sinks is None:
             return step
         gate = (self.rho, self.min_image_attention, self.p)
@@ -83,12 +86,18 @@ class VAR(Method):
             redistribution=Redistribution(step.image_mask, sinks, step.first_query, *gate),
         )
 
-    def _tell(self, step: AttentionStep, sinks: Any) -> AttentionStep:
+    def _tell(self, step: AttentionStep, sinks: Tensor) -> AttentionStep:
         """Report the sinks, and which heads are image-centric for the prompt's last token: one query row a head."""
-        heads = image_centric_heads(
-            last_row(step), step.image_mask, sinks, self.rho, self.min_image_attention
-        )
-        return replace(step, told={"sinks": sinks, "heads": heads[..., 0]})
+        # A dozen operations a layer that nobody may ask for: only the products are made now, while the keys are there.
+        logits = last_logits(step)
+
+        @functools.cache
+        def heads() -> Tensor:
+            weights = attention_of(logits, step.real)
+            masks = step.image_mask, sinks
+            return image_centric_heads(weights, *masks, self.rho, self.min_image_attention)[..., 0]
+
+        return replace(step, told={"sinks": sinks, "heads": heads})
 
     @classmethod
     def for_model(cls, model: str, task: str = "general") -> VAR:
@@ -108,7 +117,18 @@ class VAR(Method):
 
 def last_row(step: AttentionStep) -> Tensor:
     """Attention (R, H, 1, T) of the prompt's last token."""
-    groups = step.query.shape[1] // step.key.shape[1]
-    logits = step.query[:, :, -1:].float() @ step.key.repeat_interleave(groups, dim=1).float().mT
-    logits = logits * (step.query.shape[-1] ** -0.5 if step.scale is None else step.scale)
-    return logits.masked_fill(~step.real[:, None, None], float("-inf")).softmax(-1)
+    return attention_of(last_logits(step), step.real)
+
+
+def last_logits(step: AttentionStep) -> Tensor:
+    """Scaled products (R, H, 1, T) of the prompt's last token and every key."""
+    # Heads that share keys become rows of one head, and no key is copied.
+    query = step.query[:, :, -1].unflatten(1, (step.key.shape[1], -1)).float()
+    logits = query @ step.key.float().mT
+    scale = step.query.shape[-1] ** -0.5 if step.scale is None else step.scale
+    return logits.flatten(1, 2)[:, :, None] * scale
+
+
+def attention_of(logits: Tensor, real: Tensor) -> Tensor:
+    """Weights (R, H, 1, T) among the keys that are `real` (R, T)."""
+    return logits.masked_fill(~real[:, None, None], float("-inf")).softmax(-1)
