@@ -157,7 +157,7 @@ class BranchedCache(Cache):
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values, before they are packed."""
-        return cast(Any, self.layers[0]).dtype
+        return cast(Any, self.layers[0]).keys.dtype
 
     def wait(self, input_ids: Tensor) -> None:
         """Fall behind by further tokens (rows, Q)."""
