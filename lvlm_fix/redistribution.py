@@ -3,6 +3,7 @@
 Letters: B batch, H heads, K key and value heads, Q queries, T tokens, D width of a head, C width of a layer.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,9 +45,17 @@ def sink_tokens(hidden_states: Tensor, sink_dims: Sequence[int] | Tensor, tau: f
     fits = bool(dims) and all(0 <= d < n["C"] for d in dims)
     require(fits, f"sink_dims must name dimensions in 0..{n['C'] - 1}, got {dims}")
     require(tau > 0, f"tau must be positive, got {tau}")
-    x = wide(hidden_states)
-    rms = x.square().mean(-1, keepdim=True).sqrt()
-    return (x[..., dims].abs() > tau * rms).any(-1)
+    kind = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=kind) * n["C"] ** -0.5
+    largest = hidden_states.index_select(-1, _indices(tuple(dims), hidden_states.device)).abs().amax(-1)
+    return largest > tau * rms
+
+
+@functools.lru_cache(maxsize=64)
+def _indices(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, for a list would be copied to the device in every layer."""
+    with torch.inference_mode(False):  # where it was made must not matter to who uses it
+        return torch.tensor(dims, device=device)
 
 
 def image_centric_heads(
