@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import BranchedCache, OutOfSight
 from lvlm_fix.errors import UnsupportedModelError
+from lvlm_fix.kernels.fused.launch import on_device_of
 from lvlm_fix.passes import Pass
 
 IMPLEMENTATION = "lvlm_fix_replayed"
@@ -117,6 +118,9 @@ class Recording:
         return type(self.output)(**own)
 
 
+_RUNNING: ContextVar[tuple[MethodAttention, Recording | None]] = ContextVar("lvlm_fix_replayed_attention")
+
+
 class ReplayedStep:
     """`plain_forward` for one new token a row, of a model on one GPU; recorded when it runs for the second time."""
 
@@ -129,19 +133,24 @@ class ReplayedStep:
         """What `plain_forward` says to `inputs`, which the pass `this` tells the rest of."""
         inputs = inputs | {"attention_mask": None}
         asked, through_model = _asked(inputs), inputs | {cache.name: OutOfSight()}
-        with torch.no_grad(), self.attention.running(this), cache.attached():
+        with (
+            on_device_of(inputs["input_ids"]),
+            torch.no_grad(),
+            self.attention.running(this),
+            cache.attached(),
+        ):
             recording = self.recordings.get(asked)
             if recording is not None:
                 recording.replay(inputs)
                 output = recording.said()
-            elif asked in self.recordings:
+            elif asked in self.recordings and not torch.is_autocast_enabled(inputs["input_ids"].device.type):
                 recording = Recording()
                 with self._stopping(recording):
                     recording.record(self.forward, through_model)
                 self.recordings[asked] = recording
                 output = recording.said()
             else:
-                # In their first run libraries set themselves up, which cannot be recorded.
+                # In their first run libraries set themselves up, which cannot be recorded; autocast always does.
                 with self._stopping(None):
                     output = self.forward(**through_model)
                 while len(self.recordings) >= MOST:
@@ -159,9 +168,6 @@ class ReplayedStep:
                 yield
         finally:
             _RUNNING.reset(token)
-
-
-_RUNNING: ContextVar[tuple[MethodAttention, Recording | None]] = ContextVar("lvlm_fix_replayed_attention")
 
 
 def _attention(
@@ -183,7 +189,9 @@ def _asked(inputs: dict[str, Any]) -> tuple[Any, ...]:
         name: (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
         for name, value in inputs.items()
     }
-    return torch.is_inference_mode_enabled(), *sorted(kinds.items())
+    place = inputs["input_ids"].device.type
+    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(place)
+    return *modes, *sorted(kinds.items())
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -79,6 +79,18 @@ def test_what_a_step_said_stays_when_the_next_one_runs(placed):
 
 
 @torch.inference_mode()
+def test_under_autocast_nothing_is_recorded(placed, graphs):
+    """Autocast keeps weights that it has cast until it ends, and a graph would read them after that."""
+    model, inputs = placed
+    with torch.autocast(model.device.type, torch.bfloat16):
+        plainly = say(model, (CONTRAST,), inputs, compile=False)
+        with attach(model, CONTRAST, compile=True) as fix:
+            said = model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+            assert list(fix.pipeline.step.compiled.recordings.values()) == [None]
+    assert torch.equal(said, plainly.sequences)
+
+
+@torch.inference_mode()
 def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures):
     model = placed[0]
     with attach(model, CONTRAST, compile=True) as fix:

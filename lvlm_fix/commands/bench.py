@@ -35,7 +35,8 @@ def bench(
     compile_: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Also plain and the settings with decoding steps that torch.compile made."
+            "--compile",
+            help="Also the settings with compile=True, and plain with torch.compile over a static KV cache.",
         ),
     ] = False,
     peer: Annotated[
