@@ -45,8 +45,9 @@ def attach(
         images: for `"auto"`, a few pictures like those that will be asked about; None for some that ship.
         compile: run every decoding step after a prompt with pictures as graphs; the tokens are the same. A model on
             one GPU is recorded as CUDA graphs in the second step of an attachment, and again for every other number of
-            rows. Elsewhere it is one graph of `torch.compile`: the first step takes some seconds more, those of later
-            calls and attachments to the same model do not.
+            rows; hooks that are put on its decoder after that are not called. Elsewhere it is one graph of
+            `torch.compile`: the first step takes some seconds more, those of later calls and attachments to the same
+            model do not.
 
     Returns:
         A handle: leave its `with`, or call `detach()`, and the model is what it was. `report` tells what was done.

@@ -143,14 +143,14 @@ class ReplayedStep:
             if recording is not None:
                 recording.replay(inputs)
                 output = recording.said()
-            elif asked in self.recordings and not torch.is_autocast_enabled(inputs["input_ids"].device.type):
+            elif asked in self.recordings and self._may_record(inputs["input_ids"].device):
                 recording = Recording()
                 with self._stopping(recording):
                     recording.record(self.forward, through_model)
                 self.recordings[asked] = recording
                 output = recording.said()
             else:
-                # In their first run libraries set themselves up, which cannot be recorded; autocast always does.
+                # In their first run libraries set themselves up, which cannot be recorded.
                 with self._stopping(None):
                     output = self.forward(**through_model)
                 while len(self.recordings) >= MOST:
@@ -158,6 +158,16 @@ class ReplayedStep:
                 self.recordings[asked] = None
         output[cache.name] = cache
         return output
+
+    def _may_record(self, device: torch.device) -> bool:
+        if torch.is_autocast_enabled(device.type):
+            return False  # it keeps weights that it has cast until it ends, and a graph would read them after that
+        modules = (module for layer in self.attention.decoder_layers for module in layer.modules())
+        hooks = (
+            hook for x in modules for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())
+        )
+        # A graph calls no hooks. transformers' own hand out hidden states, which nobody asks for here.
+        return all((getattr(hook, "__module__", "") or "").startswith("transformers.") for hook in hooks)
 
     @contextmanager
     def _stopping(self, recording: Recording | None) -> Iterator[None]:

@@ -80,7 +80,6 @@ def test_what_a_step_said_stays_when_the_next_one_runs(placed):
 
 @torch.inference_mode()
 def test_under_autocast_nothing_is_recorded(placed, graphs):
-    """Autocast keeps weights that it has cast until it ends, and a graph would read them after that."""
     model, inputs = placed
     with torch.autocast(model.device.type, torch.bfloat16):
         plainly = say(model, (CONTRAST,), inputs, compile=False)
@@ -88,6 +87,20 @@ def test_under_autocast_nothing_is_recorded(placed, graphs):
             said = model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
             assert list(fix.pipeline.step.compiled.recordings.values()) == [None]
     assert torch.equal(said, plainly.sequences)
+
+
+@torch.inference_mode()
+def test_hooks_are_called_in_every_step(placed):
+    model, inputs = placed
+    calls = []
+    with attach(model, CONTRAST, compile=True) as fix:
+        hook = model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+        model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
+        hook.remove()
+        assert len(calls) == 6
+        model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, output_hidden_states=True)
+        model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
+        assert None not in fix.pipeline.step.compiled.recordings.values()
 
 
 @torch.inference_mode()
