@@ -45,6 +45,7 @@ def measured(
     clock: str,
     reference: bool = False,
     compiled: bool = False,
+    compiled_plain: bool = False,
     show: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Time plain and every setting for each batch size and prompt length.
@@ -55,7 +56,8 @@ def measured(
         batch_sizes, prompt_tokens: every pair is a case; None is the prompt as it is.
         new_tokens, rounds, clock: see `compete`.
         reference: also time the reference formulas of the settings that have some.
-        compiled: also time plain and every setting with compiled decoding steps.
+        compiled: also time every setting with compiled decoding steps.
+        compiled_plain: also time plain with steps that `torch.compile` made over a static KV cache.
         show: told what is going on.
 
     Raises:
@@ -69,7 +71,11 @@ def measured(
         for length in prompt_tokens:
             inputs = inputs_of(subject, rows, length)
             contestants = _contestants(model, inputs, settings, reference)
-            late = _compiled(model, inputs, settings) if compiled else {}
+            late: dict[str, Contestant] = {}
+            if compiled_plain:
+                late[f"compiled: {PLAIN}"] = functools.partial(plain_compiled, model, inputs)
+            if compiled:
+                late |= _compiled(model, inputs, settings)
             first = {}
             for name, contestant in late.items():
                 show(f"compiling {name}, batch of {rows}")
@@ -121,11 +127,11 @@ def _contestants(
 def _compiled(
     model: Any, inputs: Mapping[str, Any], settings: Mapping[str, tuple[Method, ...]]
 ) -> dict[str, Contestant]:
-    made: dict[str, Contestant] = {f"compiled: {PLAIN}": functools.partial(plain_compiled, model, inputs)}
-    for name, methods in settings.items():
-        if methods:
-            made[f"compiled: {name}"] = functools.partial(fixed, model, inputs, methods, compile=True)
-    return made
+    return {
+        f"compiled: {name}": functools.partial(fixed, model, inputs, methods, compile=True)
+        for name, methods in settings.items()
+        if methods
+    }
 
 
 def _first_run(contestant: Contestant, new_tokens: int) -> float:

@@ -133,6 +133,9 @@ def test_compiled_settings_stand_beside_the_others(monkeypatch, capfd):
     assert list(case["settings"]) == ["plain", "damro", "compiled: plain", "compiled: damro"]
     assert set(case["first_compiled_run"]) == {"compiled: plain", "compiled: damro"}
     assert min(case["first_compiled_run"].values()) > 0
+    code, out, err = typed(monkeypatch, capfd, *words, "--no-compile-plain", "--json", "-")
+    assert code == 0, err
+    assert list(json.loads(out)["cases"][0]["settings"]) == ["plain", "damro", "compiled: damro"]
 
 
 def test_longer_prompts_repeat_the_words_after_the_picture(real):
