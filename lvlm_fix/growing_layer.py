@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         room = self._room
         if room is None or not self._fits(after, room[0]):
             assert self.keys is not None and self.values is not None
-            room = self._room = _with_room(self.keys, after), _with_room(self.values, after)
+            room = self._room = with_room(self.keys, after), with_room(self.values, after)
         keys, values = room
         keys.narrow(2, held, after - held).copy_(key_states)
         values.narrow(2, held, after - held).copy_(value_states)
@@ -57,8 +57,7 @@ class GrowingLayer(DynamicLayer):
         """Whether `room`, in which the keys at hand must be, has so many columns and may be written to."""
         if self.keys is not self._shown or columns > room.shape[2]:
             return False
-        # Outside of inference mode, torch lets nobody write to what was made in it.
-        return torch.is_inference_mode_enabled() or not room.is_inference()
+        return may_be_written(room)
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +66,13 @@ class GrowingLayer(DynamicLayer):
         return sum(x.nbytes for x in held if x is not None)
 
 
-def _with_room(held: Tensor, columns: int) -> Tensor:
+def may_be_written(room: Tensor) -> bool:
+    """Whether torch lets anybody write to it: outside of inference mode, not to what was made in it."""
+    return torch.is_inference_mode_enabled() or not room.is_inference()
+
+
+def with_room(held: Tensor, columns: int) -> Tensor:
+    """A copy of keys (R, H, N, D) as the first of `columns`, N or more, and of ROOM further ones."""
     rows, heads, count, width = held.shape
     room = held.new_empty(rows, heads, columns + ROOM, width)
     room[:, :, :count] = held

@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lvlm_fix._tensors import require, require_bool, sizes
 from lvlm_fix.packed_group import EMPTY, PackedGroup
+from lvlm_fix.packed_tail import TailRoom, unread
 from lvlm_fix.quantization import QuantizedTensor, dequantize_kv
 
 __all__ = ["PackedGroup", "PackedLayer"]
@@ -32,6 +33,8 @@ class PackedLayer(CacheLayerMixin):
     an empty one. `keys`, `values` and `places` hold the newest tokens alone (the tail). `groups` holds the
     important tokens, the rest, then one group for every 64 tokens appended. The tokens of the last `update` are
     always in the tail, in their order: its queries must not see what the ranges of a group tell of later tokens.
+    A token that is appended alone is written into memory ahead of it, as others will follow; the tail is views of
+    that, and whoever puts other tensors there need not know of it.
 
     `update` returns S slots, often fewer than the `get_seq_length()` tokens seen and in another order: positions
     have gone into the keys (RoPE), so only the attention mask needs `columns` to know what a slot is. The packed
@@ -55,6 +58,7 @@ class PackedLayer(CacheLayerMixin):
     groups: list[PackedGroup]
     appended: int
     grouped: int
+    _room: TailRoom | None = None
 
     def __init__(self, *, bits: int = 4, low_bits: int = 2, window: int = 32) -> None:
         require({bits, low_bits} <= {2, 4, 8}, f"bits and low_bits must be 2, 4 or 8, got {bits}, {low_bits}")
@@ -145,18 +149,13 @@ class PackedLayer(CacheLayerMixin):
             old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
             self.groups.append(PackedGroup.pack(*old, self.bits))
             self.grouped = due
-        before, self.appended = self.appended, self.appended + key_states.shape[2]
-        places = torch.arange(before, self.appended, dtype=torch.int32, device=key_states.device)
-        places = places[:, None].expand(len(key_states), 1, -1, 1)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
-        self.places = torch.cat([self.places, places], dim=2)
+        self._append(key_states, value_states)
         if not self.groups:
             return self.keys, self.values
         if not dequantize:
             slots = self.keys.shape[2] + sum(group.places.shape[2] for group in self.groups)
             shape = (*key_states.shape[:2], slots, key_states.shape[3])
-            nothing = key_states.new_full((1, 1, 1, 1), torch.nan).expand(shape)
+            nothing = unread(key_states.dtype, key_states.device).expand(shape)
             return nothing, nothing
         packed_keys = [dequantize_kv(keys) for keys, _ in self.packed]
         packed_values = [dequantize_kv(values) for _, values in self.packed]
@@ -175,9 +174,9 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: packed codes, scales, zero points, channel scales, tail and columns."""
+        """Bytes held: packed codes, scales, zero points, channel scales, tail with its room, and columns."""
         packed = [tensor for group in self.groups for tensor in group.tensors]
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, self.places, *packed))
+        return sum(tensor.nbytes for tensor in (*self._tail(), *packed))
 
     def nbytes_by_row(self) -> Tensor:
         """(R,) long, bytes that each row's own tokens take: those that the row would hold alone, without padding."""
@@ -204,6 +203,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.places = self.places.new_empty(len(key_states), 1, 0, 1, device=self.device)
+        self._room = None
 
     def get_seq_length(self) -> int:
         return self.prompt + self.appended
@@ -218,6 +218,7 @@ class PackedLayer(CacheLayerMixin):
         self.keys = self.values = torch.empty(0, 0, 0, 0)
         self.places = torch.empty(0, 1, 0, 1, dtype=torch.int32)
         self.groups, self.prompt, self.appended, self.grouped, self.is_initialized = [], 0, 0, 0, False
+        self._room = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda tensor: tensor[beam_idx.to(tensor.device)])
@@ -229,6 +230,27 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("packed tokens cannot be taken back: generate without assisted decoding")
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Put tokens (R, H, Q, D) behind the tail."""
+        before, self.appended = self.appended, self.appended + keys.shape[2]
+        tail = self.keys, self.values, self.places
+        if keys.shape[2] == 1 and not (torch.is_grad_enabled() and keys.requires_grad):
+            if self._room is None or not self._room.takes_one_behind(self.keys):
+                self._room = TailRoom(*tail, before)
+            self.keys, self.values, self.places = self._room.append(keys, values)
+            return
+        # Turns are rare, and what gradients are taken of must not be written over.
+        self._room = None
+        places = torch.arange(before, self.appended, dtype=torch.int32, device=keys.device)
+        new = keys, values, places[:, None].expand(len(keys), 1, -1, 1)
+        both = zip(tail, new, strict=True)
+        self.keys, self.values, self.places = (torch.cat(pair, dim=2) for pair in both)
+
+    def _tail(self) -> Sequence[Tensor]:
+        """What holds the tail: its tensors, or the memory that they are views of."""
+        room = self._room
+        return room.tensors if room is not None and room.shows(self.keys) else (self.keys, self.values, self.places)
 
     def _with_groups(self, count: int) -> PackedLayer:
         """The same with so many groups: a prompt that fits the window has none, which become empty ones in front."""
@@ -245,6 +267,7 @@ class PackedLayer(CacheLayerMixin):
     def _cut(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take the oldest `count` tokens off the tail; returns it as it was, the places of those that stay EMPTY."""
         tail = keys, values, places = self.keys, self.values, self.places
+        self._room = None
         # Clones: slices would keep the memory of what was cut off.
         self.keys, self.values, self.places = (x[:, :, max(count, 0) :].clone() for x in tail)
         old = torch.arange(places.shape[2], device=places.device)[:, None] < count
@@ -252,7 +275,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _each(self, change: Callable[..., Tensor], *layers: PackedLayer) -> None:
         if self.is_initialized:
-            layers = layers or (self,)
+            layers, self._room = layers or (self,), None
             self.keys, self.values, self.places = map(change, *((x.keys, x.values, x.places) for x in layers))
             parts = zip(*(layer.groups for layer in layers), strict=True)
             self.groups = [PackedGroup.each(change, *groups) for groups in parts]
