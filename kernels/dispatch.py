@@ -1,8 +1,8 @@
 """What the fronts share: which implementation ran, and checks of their inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from lvlm_fix._tensors import require, require_bool, sizes
 from lvlm_fix.quantization import QuantizedTensor
 
 Facts = TypeVar("Facts")
+Groups = Sequence[tuple[QuantizedTensor, QuantizedTensor]]
 _ran: dict[str, str] = {}
 
 
@@ -31,20 +32,32 @@ def last_used() -> dict[str, str]:
     return dict(_ran)
 
 
-def once_a_group(
-    find: Callable[[QuantizedTensor, QuantizedTensor], Facts],
-) -> Callable[[QuantizedTensor, QuantizedTensor], Facts]:
-    """`find` of a packed group's keys and values, remembered while both live: decoding asks at every token."""
-    known: WeakKeyDictionary[QuantizedTensor, tuple[ref[QuantizedTensor], Facts]] = WeakKeyDictionary()
+def once_for_groups(find: Callable[..., Facts]) -> Callable[..., Facts]:
+    """`find` of packed groups, remembered until one of them goes or another comes: decoding asks at every token.
+
+    Further arguments are part of the question, and must be hashable.
+    """
+    known: WeakKeyDictionary[QuantizedTensor, tuple[list[ref[QuantizedTensor]], dict[Any, Facts]]]
+    known = WeakKeyDictionary()
 
     @wraps(find)
-    def remembered(keys: QuantizedTensor, values: QuantizedTensor) -> Facts:
-        found = known.get(keys)
-        if found is None or found[0]() is not values:
-            found = known[keys] = ref(values), find(keys, values)
-        return found[1]
+    def remembered(groups: Groups, *rest: Any) -> Facts:
+        if not groups:
+            return find(groups, *rest)
+        # New groups come at the end.
+        newest, members = groups[-1][0], [part for group in groups for part in group]
+        held, facts = known.get(newest, ([], {}))
+        if len(held) != len(members) or not all(map(_is_still, held, members)):
+            held, facts = known[newest] = [ref(part) for part in members], {}
+        if rest not in facts:
+            facts[rest] = find(groups, *rest)
+        return facts[rest]
 
     return remembered
+
+
+def _is_still(held: ref[QuantizedTensor], part: QuantizedTensor) -> bool:
+    return held() is part
 
 
 def attention_sizes(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> dict[str, int]:

@@ -12,7 +12,7 @@ number and multiplied once. A byte's codes are shifted apart in planes, channels
 byte in plane i, each against the same channels of the query, rather than put side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ from torch.nn.functional import pad
 
 from lvlm_fix._tensors import require, require_bool, sizes, wide
 from lvlm_fix.kernels.changed_rows import class_columns, redistribute_
-from lvlm_fix.kernels.dispatch import note, once_a_group, require_heads, require_one_device, require_one_dtype
+from lvlm_fix.kernels.dispatch import (
+    Groups,
+    note,
+    once_for_groups,
+    require_heads,
+    require_one_device,
+    require_one_dtype,
+)
 from lvlm_fix.kernels.fused.launch import fits_head
 from lvlm_fix.kernels.packing import spans
 from lvlm_fix.kernels.redistribution import Redistribution
@@ -28,7 +35,6 @@ from lvlm_fix.quantization import QuantizedTensor, shifts
 
 __all__ = ["quantized_decode"]
 
-Groups = Sequence[tuple[QuantizedTensor, QuantizedTensor]]
 # Codes turned into numbers at once: 2 MiB of float32 stay in the cache.
 UNPACKED = 2**19
 
@@ -72,7 +78,6 @@ def quantized_decode(
     tensor([[[[7.2000, 0.6000]]]])
     """
     slots = _check(query, groups, tail_key, tail_value)
-    groups = [group for group in groups if group[0].packed.shape[2]]
     masks: dict[str, Tensor | None] = {"key_mask": key_mask}
     if redistribution is not None:
         masks |= {"image_mask": redistribution.image_mask, "sink_mask": redistribution.sink_mask}
@@ -98,11 +103,14 @@ def _check(query: Tensor, groups: Groups, tail_key: Tensor, tail_value: Tensor) 
     require_heads(query, tail_key)
     require_one_dtype(query=query, tail_key=tail_key, tail_value=tail_value)
     require(n["Q"] <= n["N"], f"the tail holds {n['N']} tokens and must hold the {n['Q']} queries' own")
-    slots = n["N"]
+    wanted = n["R"], n["K"], n["D"], query.dtype, query.device
+    kinds, tokens = _facts(groups)
+    if kinds <= {wanted}:
+        return n["N"] + tokens
+    # Words cost more than the check, and there are many groups.
     for index, (keys, values) in enumerate(groups):
-        rows, heads, tokens, width, dtype, device = _facts(keys, values)
-        # Words cost more than the check, and there are many groups.
-        if (rows, heads, width, dtype) != (n["R"], n["K"], n["D"], query.dtype):
+        *kind, device = _kind(keys, values)
+        if tuple(kind) != wanted[:-1]:
             raise ValueError(
                 f"groups[{index}] must hold keys packed per channel and values packed per token, as kernels.pack does, "
                 f"of shape (R={n['R']}, K={n['K']}, N, D={n['D']}), {query.dtype} and one number of bits; "
@@ -110,16 +118,21 @@ def _check(query: Tensor, groups: Groups, tail_key: Tensor, tail_value: Tensor) 
             )
         if device != query.device:
             raise ValueError(f"groups[{index}] is on {device}, and query on {query.device}")
-        slots += tokens
-    return slots
+    raise AssertionError("groups of other kinds than wanted, and each of the one wanted")
 
 
-Found = tuple[int, int, int, int, torch.dtype, torch.device]
+Kind = tuple[int, int, int, torch.dtype, torch.device]
 
 
-@once_a_group
-def _facts(keys: QuantizedTensor, values: QuantizedTensor) -> Found:
-    """R, K, N, D, dtype and device of a group as `kernels.pack` makes them; -1 and the like of anything else.
+@once_for_groups
+def _facts(groups: Groups) -> tuple[frozenset[Kind], int]:
+    """What kinds of groups there are, and their tokens in all."""
+    kinds = frozenset(_kind(keys, values) for keys, values in groups)
+    return kinds, sum(keys.packed.shape[2] for keys, _ in groups)
+
+
+def _kind(keys: QuantizedTensor, values: QuantizedTensor) -> Kind:
+    """R, K, D, dtype and device of a group as `kernels.pack` makes them; -1 and the like of anything else.
 
     A kernel is given addresses, so each tensor's shape is looked at, and that all of them are on one device.
     """
@@ -138,9 +151,9 @@ def _facts(keys: QuantizedTensor, values: QuantizedTensor) -> Found:
     )
     devices = {x.device for x in held}
     if not fits or len(devices) > 1:
-        return -1, -1, -1, -1, keys.dtype, keys.packed.device
-    rows, heads, tokens, width = shape
-    return rows, heads, tokens, width, keys.dtype, keys.packed.device
+        return -1, -1, -1, keys.dtype, keys.packed.device
+    rows, heads, _, width = shape
+    return rows, heads, width, keys.dtype, keys.packed.device
 
 
 def _packed_by_channel_and_token(keys: QuantizedTensor, values: QuantizedTensor) -> bool:
@@ -171,6 +184,7 @@ def _quantized_decode(
     """`quantized_decode` on torch alone, inputs unchecked. The weights are few, and held: one row a query and head."""
     queries, width = query.shape[2:]
     shared = tail_key.shape[1]
+    groups = [group for group in groups if group[0].packed.shape[2]]
     # Heads that share keys become rows of one head, so that each key is unpacked once.
     rows = (wide(query) * (width**-0.5 if scale is None else scale)).unflatten(1, (shared, -1)).flatten(2, 3)
     logits = torch.cat([*(_logits(rows, keys) for keys, _ in groups), rows @ wide(tail_key).mT], dim=-1)

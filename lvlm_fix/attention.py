@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lvlm_fix.cache import BranchedCache
-from lvlm_fix.decoding import attend
+from lvlm_fix.decoding import attend, attend_packed
 from lvlm_fix.dispatch import attend_by, refuse_what_is_not_plain_attention, widen
 from lvlm_fix.interception import Interception, Proceed
 from lvlm_fix.kernels import quantized_decode
@@ -181,8 +181,13 @@ class MethodAttention:
     ) -> Tensor:
         """Attention of one new token, by what the cache remembers of the keys."""
         slots = cache.slots(layer, key, this.sinks.get(layer))
+        held = cache.layers[layer]
+        packed = held if isinstance(held, PackedLayer) and held.groups else None
         if layer in slots.settled:
-            return attend(query, key, value, slots, slots.settled[layer], scale)
+            moved = slots.settled[layer]
+            if packed is not None:
+                return attend_packed(query, packed, slots, moved, scale)
+            return attend(query, key, value, slots, moved, scale)
         real, image_mask, sinks = slots.cut(key.shape[2])
         step = AttentionStep(
             layer=layer,
@@ -201,17 +206,6 @@ class MethodAttention:
         for method in self.methods:
             step = method.attention(step)
         moved = step.redistribution
-        packed = cache.layers[layer]
-        if isinstance(packed, PackedLayer) and packed.groups:
-            return quantized_decode(
-                step.query,
-                packed.packed,
-                packed.keys,
-                packed.values,
-                real if slots.hides else None,
-                redistribution=moved,
-                scale=step.scale,
-            )
         known = moved is None or (
             moved.image_mask is image_mask
             and moved.sink_mask is sinks
@@ -223,7 +217,19 @@ class MethodAttention:
             )
             if self.steady and untouched:
                 slots.settled[layer] = moved
+            if packed is not None:
+                return attend_packed(step.query, packed, slots, moved, step.scale)
             return attend(step.query, step.key, step.value, slots, moved, step.scale)
+        if packed is not None:
+            return quantized_decode(
+                step.query,
+                packed.packed,
+                packed.keys,
+                packed.values,
+                real if slots.hides else None,
+                redistribution=moved,
+                scale=step.scale,
+            )
         return attend_by(step, unpadded=not slots.hides)
 
     def _step(

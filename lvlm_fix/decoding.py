@@ -7,16 +7,20 @@ so masks are cut instead of made, and nothing is asked of the device. Letters: R
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lvlm_fix.kernels import Redistribution
+from lvlm_fix.kernels import Redistribution, quantized_decode
 from lvlm_fix.kernels.changed_rows import HALVES
 from lvlm_fix.kernels.dispatch import note
-from lvlm_fix.kernels.fused.launch import fits_attention
+from lvlm_fix.kernels.fused.launch import fits_attention, fits_head
 from lvlm_fix.kernels.visual_attention import redistributed_attention
+
+if TYPE_CHECKING:
+    from lvlm_fix.packed_layer import PackedLayer
 
 ROOM = 128
 """Keys that masks are written ahead of."""
@@ -59,6 +63,7 @@ class Slots:
         self.sinks = None if sinks is None else pad(sinks, (0, ROOM), value=False)
         self.bias = self.columns = self.exchange = None
         self._given: tuple[Redistribution, Redistribution] | None = None
+        self._kinds: tuple[Redistribution | None, tuple[Tensor | None, Tensor | None]] | None = None
         if self.hides:
             self.bias = hiding(self.real, self.dtype)
         if self.sinks is not None:
@@ -87,6 +92,16 @@ class Slots:
             assert self.sinks is not None
             self._given = moved, replace(moved, image_mask=self.image, sink_mask=self.sinks)
         return self._given[1]
+
+    def kinds(self, moved: Redistribution | None) -> tuple[Tensor | None, Tensor | None]:
+        """What `quantized_decode`'s kernels are told, `slot_kinds`, of all keys that masks are written for."""
+        if self._kinds is None or self._kinds[0] is not moved:
+            from lvlm_fix.kernels.fused.quantized_slots import slot_kinds
+
+            wide = None if moved is None else self.given(moved)
+            mask = self.real if self.hides else None
+            self._kinds = moved, slot_kinds(mask, wide, *self.real.shape, self.real.device)
+        return self._kinds[1]
 
 
 def attend(
@@ -123,6 +138,27 @@ def attend(
     # Adding the changed part keeps rows that nothing happens to bit for bit.
     by_head = torch.addcmul(by_head, by_head, change, value=moved.p)
     return (by_head.view_as(weights) @ value).reshape(query.shape)
+
+
+def attend_packed(
+    query: Tensor,
+    packed: PackedLayer,
+    slots: Slots,
+    moved: Redistribution | None,
+    scale: float | None,
+) -> Tensor:
+    """The same over keys that are packed, by their codes; `moved` between the keys that `slots` names."""
+    keys = packed.slots
+    slots.reach(keys)
+    inputs = query, packed.packed, packed.keys, packed.values
+    if fits_head(query):
+        from lvlm_fix.kernels.fused.quantized_decode import decode_by_kinds
+
+        note("quantized_decode", "triton")
+        return decode_by_kinds(*inputs, *slots.kinds(moved), moved, scale)
+    real, image, sinks = slots.cut(keys)
+    cut = None if moved is None else replace(moved, image_mask=image, sink_mask=sinks)
+    return quantized_decode(*inputs, real if slots.hides else None, redistribution=cut, scale=scale)
 
 
 def _by_kernel(

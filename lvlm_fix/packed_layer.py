@@ -5,6 +5,7 @@ Letters: R rows of the batch, H key heads, T prompt columns, K slots of a group,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -153,8 +154,7 @@ class PackedLayer(CacheLayerMixin):
         if not self.groups:
             return self.keys, self.values
         if not dequantize:
-            slots = self.keys.shape[2] + sum(group.places.shape[2] for group in self.groups)
-            shape = (*key_states.shape[:2], slots, key_states.shape[3])
+            shape = (*key_states.shape[:2], self.slots, key_states.shape[3])
             nothing = unread(key_states.dtype, key_states.device).expand(shape)
             return nothing, nothing
         packed_keys = [dequantize_kv(keys) for keys, _ in self.packed]
@@ -165,6 +165,11 @@ class PackedLayer(CacheLayerMixin):
     def packed(self) -> list[tuple[QuantizedTensor, QuantizedTensor]]:
         """Keys and values of each group, in the order of `columns`, which ends with the tail."""
         return [(group.keys, group.values) for group in self.groups]
+
+    @property
+    def slots(self) -> int:
+        """S, how many tokens and empty slots it holds."""
+        return self.keys.shape[2] + sum(group.places.shape[2] for group in self.groups)
 
     @property
     def columns(self) -> Tensor:
@@ -180,15 +185,15 @@ class PackedLayer(CacheLayerMixin):
 
     def nbytes_by_row(self) -> Tensor:
         """(R,) long, bytes that each row's own tokens take: those that the row would hold alone, without padding."""
-        held = [(self.places, [self.keys, self.values, self.places])]
-        held += [(group.places, group.tensors) for group in self.groups]
-        rows = torch.zeros(len(self.places), dtype=torch.long, device=self.places.device)
-        for places, tensors in held:
-            count = (places != EMPTY).sum((1, 2, 3))
-            for x in tensors:
-                # Ranges of a whole group are one slot wide, and none where it holds no token of the row.
-                slots = count if x.shape[2] == places.shape[2] else count.clamp_max(1)
-                rows += slots * (x[0, :, :1].numel() * x.itemsize)
+        tail = self._tail()
+        room = tail[0].shape[2] - self.keys.shape[2]
+        rows = ((self.places != EMPTY).sum((1, 2, 3)) + room) * _bytes_a_slot(tail)
+        for group in self.groups:
+            own = [x for x in group.tensors if x.shape[2] == group.places.shape[2]]
+            # Ranges of a whole group are one slot wide, and none where it holds no token of the row.
+            shared = [x for x in group.tensors if x.shape[2] != group.places.shape[2]]
+            count = (group.places != EMPTY).sum((1, 2, 3))
+            rows += count * _bytes_a_slot(own) + count.clamp_max(1) * _bytes_a_slot(shared)
         return rows
 
     @property
@@ -250,7 +255,11 @@ class PackedLayer(CacheLayerMixin):
     def _tail(self) -> Sequence[Tensor]:
         """What holds the tail: its tensors, or the memory that they are views of."""
         room = self._room
-        return room.tensors if room is not None and room.shows(self.keys) else (self.keys, self.values, self.places)
+        return (
+            room.tensors
+            if room is not None and room.shows(self.keys)
+            else (self.keys, self.values, self.places)
+        )
 
     def _with_groups(self, count: int) -> PackedLayer:
         """The same with so many groups: a prompt that fits the window has none, which become empty ones in front."""
@@ -279,6 +288,11 @@ class PackedLayer(CacheLayerMixin):
             self.keys, self.values, self.places = map(change, *((x.keys, x.values, x.places) for x in layers))
             parts = zip(*(layer.groups for layer in layers), strict=True)
             self.groups = [PackedGroup.each(change, *groups) for groups in parts]
+
+
+def _bytes_a_slot(tensors: Sequence[Tensor]) -> int:
+    """Of one row, in all of them together."""
+    return sum(math.prod(x.shape[1::2]) * x.itemsize for x in tensors)
 
 
 def _cat_rows(*tensors: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """quantized_decode: the torch path, the Triton kernels by the interpreter, and what those take of a GPU."""
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -8,6 +10,7 @@ import torch
 
 from lvlm_fix import functional
 from lvlm_fix.kernels import Redistribution, last_used, pack, quantized_decode
+from lvlm_fix.kernels.dispatch import once_for_groups
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 VAR = {"rho": 0.3, "min_image_attention": 0.1, "p": 0.6}
@@ -56,6 +59,36 @@ def test_a_row_that_sees_nothing_gives_zeros():
     assert not quantized_decode(x[:, :, :1], [pack(x, x, 4)], x[:, :, :2], x[:, :, :2], hidden).any()
 
 
+def test_groups_are_known_again_and_new_ones_noticed():
+    """What was found of groups is kept for those: not for others that a list of the same length holds."""
+    x = torch.randn(3, 1, 2, 20, 8)
+    one, other, third = (pack(each, each, 4) for each in x)
+    tail, query = x[0, :, :, :2], x[0, :, :, :1]
+    for groups in ([one], [one, other], [one, third], [third], [one, other], []):
+        out = quantized_decode(query, groups, tail, tail)
+        torch.testing.assert_close(out, functional.quantized_decode(query, groups, tail, tail))
+    with pytest.raises(ValueError, match=r"groups\[1\] must hold keys"):
+        quantized_decode(query, [one, other[::-1]], tail, tail)
+
+
+def test_what_was_found_of_groups_goes_with_them():
+    asked = []
+
+    @once_for_groups
+    def count(groups, *rest):
+        asked.append(rest)
+        return len(groups)
+
+    x = torch.randn(1, 1, 4, 8)
+    groups = [pack(x, x, 4), pack(x, x, 2)]
+    assert [count(groups), count(list(groups)), count(groups, 1), count(groups[:1])] == [2, 2, 2, 1]
+    assert asked == [(), (1,), ()]
+    gone = weakref.ref(groups[1][0])
+    del groups
+    gc.collect()
+    assert gone() is None
+
+
 def test_what_does_not_fit_is_said_in_a_sentence():
     x = torch.randn(1, 2, 20, 8)
     group, tail = pack(x, x, 4), x[:, :, :2]
@@ -79,7 +112,7 @@ def test_the_interpreter_agrees_with_the_oracle():
     pytest.importorskip("triton")
     from ahead_of_time import run_interpreted
 
-    run_interpreted("quantized_decode.py", passed=23)
+    run_interpreted("quantized_decode.py", passed=26)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -94,7 +127,8 @@ def test_the_kernels_fit_on_the_gpu(capability):
         "table": "*i64",
         "start": "*i64",
     }
-    types |= dict.fromkeys(["first_span", "spans", "slots", "rows", "tail", "queries"], "i32")
+    types |= dict.fromkeys(["first_span", "spans", "slots", "kinds_row", "rows"], "i32")
+    types |= dict.fromkeys(["tail", "columns", "queries"], "i32")
     types |= dict.fromkeys(["scale", "rho", "min_image_attention", "p"], "fp32")
     same = ("query", "tail_key", "tail_value", "out")
     # VAR needs the masks; without it there may be padding or none.

@@ -1,6 +1,8 @@
 """The packed KV cache layer against plain loops that pack each row's own tokens, one row at a time."""
 
 import gc
+import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lvlm_fix.growing_layer import ROOM
 from lvlm_fix.packed_layer import GROUP, PackedLayer
 from lvlm_fix.quantization import dequantize_kv, quantize_kv
 
@@ -324,6 +327,62 @@ def test_rows_move_with_all_they_hold(change, rows):
     new = tokens(len(rows), 1)
     keys, _ = layer.update(*new)
     assert torch.equal(keys[:, :, -1:], new[0])
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 4]])
+def test_room_for_tokens_to_come_is_counted_and_given_back(pads):
+    batch = prompt(2, 40, pads=pads)
+    layer, places = PackedLayer.compress(*batch, window=8), []
+    for seed in range(GROUP + ROOM):
+        layer.update(*tokens(2, 1, seed=seed), dequantize=False)
+        places.append(layer.keys.data_ptr())
+        assert layer.nbytes == held_bytes(layer)
+        alone = PackedLayer.compress(*(x[:1] for x in batch), window=8)
+        if seed < ROOM:
+            for _ in range(seed + 1):
+                alone.update(*tokens(1, 1))
+            assert layer.nbytes_by_row()[0] == alone.nbytes
+    # The tail is copied once in so many tokens, and once when a group of it is packed.
+    assert sum(a != b for a, b in itertools.pairwise(places)) <= 3
+    for change in (
+        lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda: layer.batch_repeat_interleave(2),
+    ):
+        change()
+        assert layer.nbytes == held_bytes(layer)
+
+
+def test_what_was_made_in_inference_mode_goes_on_outside_of_it():
+    batch, new = prompt(2, 50), tokens(2, 3)
+    with torch.inference_mode():
+        layer = PackedLayer.compress(*batch)
+        layer.update(*(x[:, :, :1] for x in new))
+    expected = PackedLayer.compress(*batch)
+    expected.update(*(x[:, :, :1] for x in new))
+    for token in (1, 2):
+        one = [x[:, :, token : token + 1] for x in new]
+        for ours, theirs in zip(layer.update(*one), expected.update(*one), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_gradients_pass_through_the_tail():
+    layer, (key, value) = PackedLayer.compress(*prompt(2, 50)), tokens(2, 1)
+    layer.update(*tokens(2, 1, seed=2))
+    layer.update(key.requires_grad_(), value)[0].square().sum().backward()
+    layer.update(*tokens(2, 1, seed=3))
+    assert torch.equal(key.grad, 2 * key)
+
+
+def test_what_was_shown_does_not_change_and_a_copy_goes_on_by_itself():
+    layer = PackedLayer.compress(*prompt(2, 50))
+    shown = layer.update(*tokens(2, 1), dequantize=False) and layer.keys
+    kept, other = shown.clone(), deepcopy(layer)
+    layer.update(*tokens(2, 1, seed=2))
+    other.update(*tokens(2, 1, seed=3))
+    assert torch.equal(shown, kept)
+    assert torch.equal(layer.keys[:, :, -1:], tokens(2, 1, seed=2)[0])
+    assert torch.equal(other.keys[:, :, -1:], tokens(2, 1, seed=3)[0])
+    assert layer.columns.tolist() == other.columns.tolist()
 
 
 @pytest.mark.parametrize("evict, most", [(False, 0.25), (True, 0.12)])

@@ -14,24 +14,23 @@ the largest logit, sums of weights and weighted values; VAR (arXiv 2503.03321) n
 `fused/visual_attention.py`: everything, image tokens that are no sinks, and sinks. `quantized_merge` runs one query a
 program: it adds the tail, which is not packed, merges the spans, and applies VAR's gate. Groups are many (64 generated
 tokens each), so a launch is not made for each of them but for each number of bits: where a span's tensors lie is told
-by a table of addresses, made anew only when the addresses change.
+by a table of addresses. All that does not change from token to token is found once for the same groups (`_plan`): each
+small question costs the host as much as a launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import LOG2_E
+from lvlm_fix.kernels.dispatch import Groups, once_for_groups
+from lvlm_fix.kernels.fused.launch import LOG2_E, cdiv, multiprocessors, next_power_of_2, on_device_of
 from lvlm_fix.kernels.fused.quantized_merge import SPAN_BLOCK, TAIL_BLOCK, _combine
 from lvlm_fix.kernels.fused.quantized_slots import NUMBERS, group_tensors, slot_kinds, span_table
 from lvlm_fix.kernels.fused.quantized_spans import ROWS, _split, configuration
 from lvlm_fix.kernels.redistribution import Redistribution
-from lvlm_fix.quantization import QuantizedTensor
 
 # A program's span: long enough to outweigh its sums, and so many that each processor has some to choose from.
 LONGEST_SPAN, PROGRAMS_A_PROCESSOR = 1024, 4
@@ -39,34 +38,56 @@ LONGEST_SPAN, PROGRAMS_A_PROCESSOR = 1024, 4
 
 def span_length(tokens: int, heads: int, processors: int, block: int) -> int:
     """Tokens of a span, whole blocks: those of one launch, of all rows' key heads, make enough programs for a GPU."""
-    own = triton.cdiv(tokens * heads, PROGRAMS_A_PROCESSOR * processors)
-    return min(triton.cdiv(own, block) * block, LONGEST_SPAN)
+    own = cdiv(tokens * heads, PROGRAMS_A_PROCESSOR * processors)
+    return min(cdiv(own, block) * block, LONGEST_SPAN)
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+@dataclass(frozen=True)
+class Plan:
+    """How packed groups are read.
+
+    Attributes:
+        slots: of all groups.
+        spans: of all launches.
+        launches: of each the first of its spans, its table of them, how many they are, and the kernel's constants.
+        held: tensors whose addresses are in the tables.
+    """
+
+    slots: int
+    spans: int
+    launches: list[tuple[int, Tensor, int, dict[str, int]]]
+    held: list[list[Tensor]]
 
 
-def _lines(
-    groups: Sequence[tuple[QuantizedTensor, QuantizedTensor]],
-) -> tuple[dict[int, list[tuple[int, ...]]], int, list[list[Tensor]]]:
-    """Groups by their bits, as the table of spans takes them; all their slots; tensors that must live until the end."""
-    slot, held = 0, []
+@once_for_groups
+def _plan(groups: Groups, width: int, moved: bool, precise: bool) -> Plan:
+    """A launch for each number of bits among the groups."""
+    slots, held = 0, []
     by_bits: dict[int, list[tuple[int, ...]]] = {}
     for keys, values in groups:
         tokens = keys.packed.shape[2]
         if tokens:
             tensors, addresses = group_tensors(keys, values)
             held.append(tensors)
-            by_bits.setdefault(keys.bits, []).append((*addresses, tokens, slot))
-        slot += tokens
-    return by_bits, slot, held
+            by_bits.setdefault(keys.bits, []).append((*addresses, tokens, slots))
+        slots += tokens
+    spans, launches = 0, []
+    for bits, lines in by_bits.items():
+        codes = held[0][0]
+        processors = multiprocessors(codes.device) if codes.is_cuda else 1
+        tile = configuration(width, bits, moved, precise)
+        own = sum(tokens for *_, tokens, _ in lines)
+        heads = codes.shape[0] * codes.shape[1]
+        span = span_length(own, heads, processors, tile["BLOCK"])
+        table = span_table(lines, span, codes.device)
+        launches.append((spans, table, len(table), {"BITS": bits, **tile}))
+        spans += len(table)
+    return Plan(slots, spans, launches, held)
 
 
 def fused_quantized_decode(
     query: Tensor,
-    groups: Sequence[tuple[QuantizedTensor, QuantizedTensor]],
+    groups: Groups,
     tail_key: Tensor,
     tail_value: Tensor,
     key_mask: Tensor | None,
@@ -74,44 +95,63 @@ def fused_quantized_decode(
     scale: float | None,
 ) -> Tensor:
     """`kernels.quantized_decode` by Triton, inputs unchecked."""
-    query, tail_key, tail_value = query.contiguous(), tail_key.contiguous(), tail_value.contiguous()
+    slots = tail_key.shape[2] + sum(keys.packed.shape[2] for keys, _ in groups)
+    kinds, start = slot_kinds(key_mask, redistribution, len(query), slots, query.device)
+    return decode_by_kinds(query, groups, tail_key, tail_value, kinds, start, redistribution, scale)
+
+
+def decode_by_kinds(
+    query: Tensor,
+    groups: Groups,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    kinds: Tensor | None,
+    start: Tensor | None,
+    redistribution: Redistribution | None,
+    scale: float | None,
+) -> Tensor:
+    """The same by `slot_kinds`, of at least as many slots; of `redistribution` only the numbers are read."""
+    query = query.contiguous()
     batch, heads, queries, width = query.shape
+    tail_key, tail_value, columns = _in_columns(tail_key, tail_value)
     shared, tail = tail_key.shape[1:3]
-    rows, precise = heads // shared * queries, query.dtype == torch.float32
-    by_bits, packed, held = _lines(groups)
-    slots = packed + tail
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query):
-        kinds, start = slot_kinds(key_mask, redistribution, batch, slots, query.device)
-        moved = redistribution is not None
-        work = []
-        for bits, lines in by_bits.items():
-            tile = configuration(width, bits, moved, precise)
-            own = sum(tokens for *_, tokens, _ in lines)
-            span = span_length(own, batch * shared, _processors(query.device), tile["BLOCK"])
-            work.append((bits, tile, span_table(tuple(lines), span, query.device)))
-        spans = sum(len(table) for *_, table in work)
-        numbers = query.new_empty(batch * shared * rows, spans, NUMBERS.value, dtype=torch.float32)
-        partial = query.new_empty(batch * shared * rows, spans, 3 if moved else 1, width, dtype=torch.float32)
-        scale = LOG2_E * (width**-0.5 if scale is None else scale)
-        flags = {"KEY_HEADS": shared, "WIDTH": width, "MASKED": kinds is not None, "MOVED": moved}
-        first_span = 0
-        for bits, tile, table in work:
-            _split[(len(table), batch * shared, triton.cdiv(rows, ROWS))](
-                query, kinds, table, numbers, partial, first_span, spans, slots, rows, scale,
-                BITS=bits, ROWS=ROWS, PRECISE=precise, **tile, **flags,
+    rows, moved = heads // shared * queries, redistribution is not None
+    precise = query.dtype == torch.float32
+    scale = LOG2_E * (width**-0.5 if scale is None else scale)
+    kinds_row = 0 if kinds is None else kinds.stride(0)
+    flags = {"KEY_HEADS": shared, "WIDTH": width, "MASKED": kinds is not None, "MOVED": moved}
+    with on_device_of(query):
+        # Tables, and what was copied to be aligned, must not be given to anybody else until the launches are queued.
+        plan = _plan(groups, width, moved, precise)
+        spans, out = plan.spans, torch.empty_like(query)
+        size = batch * shared * rows, spans
+        numbers = query.new_empty(*size, NUMBERS, dtype=torch.float32)
+        partial = query.new_empty(*size, 3 if moved else 1, width, dtype=torch.float32)
+        for first_span, table, count, constants in plan.launches:
+            _split[(count, batch * shared, cdiv(rows, ROWS))](
+                query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+                ROWS=ROWS, PRECISE=precise, **constants, **flags,
             )  # fmt: skip
-            first_span += len(table)
-        out = torch.empty_like(query)
         gate = (0.0, 0.0, 0.0)
         if redistribution is not None:
             gate = (redistribution.rho, redistribution.min_image_attention, redistribution.p)
         _combine[(batch * heads * queries,)](
             query, tail_key, tail_value, kinds, start, numbers, partial, out,
-            spans, slots, tail, rows, queries, scale, *(float(number) for number in gate),
-            CHANNELS=triton.next_power_of_2(width), SPAN_BLOCK=SPAN_BLOCK, TAIL_BLOCK=TAIL_BLOCK,
-            num_warps=4, **flags,
+            spans, plan.slots + tail, kinds_row, tail, columns, rows, queries, scale, *map(float, gate),
+            CHANNELS=next_power_of_2(width), SPAN_BLOCK=SPAN_BLOCK, TAIL_BLOCK=TAIL_BLOCK, num_warps=4, **flags,
         )  # fmt: skip
-    # Not before: what was copied to be aligned must not be given to anybody else until the launches are queued.
-    del held
     return out
+
+
+def _in_columns(tail_key: Tensor, tail_value: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (R, K, N, D) as the first N of the columns of a contiguous tensor, and its number of columns."""
+    columns = tail_key.stride(1) // tail_key.shape[3]
+    if all(_is_first_of(x, columns) for x in (tail_key, tail_value)):
+        return tail_key, tail_value, columns
+    return tail_key.contiguous(), tail_value.contiguous(), tail_key.shape[2]
+
+
+def _is_first_of(x: Tensor, columns: int) -> bool:
+    _, heads, _, width = x.shape
+    # A stride is as it is also where there is but one row or head, which nobody goes beyond.
+    return x.stride() == (heads * columns * width, columns * width, width, 1)

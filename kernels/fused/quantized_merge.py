@@ -8,14 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lvlm_fix.kernels.fused.quantized_slots import IMAGE_SINK, NUMBERS, RECEIVER, SINK, VISIBLE
+from lvlm_fix.kernels.fused.quantized_spans import is_image_sink, is_sink, numbers_of, receives, visible
 
 # Tokens of the tail, or spans, that are taken at once.
 TAIL_BLOCK = 32
 SPAN_BLOCK = 16
 
 
-@triton.jit(do_not_specialize=["spans", "slots", "tail", "rows", "queries"])
+@triton.jit(do_not_specialize=["spans", "slots", "kinds_row", "tail", "columns", "rows", "queries"])
 def _combine(
     query,
     tail_key,
@@ -27,7 +27,9 @@ def _combine(
     out,
     spans,
     slots,
+    kinds_row,
     tail,
+    columns,
     rows,
     queries,
     scale,
@@ -58,7 +60,7 @@ def _combine(
 
     for begin in range(0, spans, SPAN_BLOCK):
         span = begin + tl.arange(0, SPAN_BLOCK)
-        place = numbers + (row * spans + span) * NUMBERS
+        place = numbers_of(numbers, row * spans + span)
         logits = tl.load(place, span < spans, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, axis=0))
         kept, weights = tl.exp2(largest - new), tl.exp2(logits - new)
@@ -81,9 +83,9 @@ def _combine(
         slot = slots - tail + token
         seen = (token < tail) & (slot <= own)
         if MASKED:
-            classes = tl.load(kinds + item * slots + slot, seen, 0).to(tl.int32)
-            seen = (classes & VISIBLE) != 0
-        at = (head * tail + token)[:, None] * WIDTH + channel[None, :]
+            classes = tl.load(kinds + item * kinds_row + slot, seen, 0).to(tl.int32)
+            seen = visible(classes)
+        at = (head * columns + token)[:, None] * WIDTH + channel[None, :]
         # What is not seen may be padding that is not a number, so it is not read.
         inside = seen[:, None] & there[None, :]
         k = tl.load(tail_key + at, inside, 0.0).to(tl.float32)
@@ -95,12 +97,12 @@ def _combine(
         total = total * kept + tl.sum(weights, axis=0)
         acc = acc * kept + tl.sum(weights[:, None] * v, axis=0)
         if MOVED:
-            part = tl.where((classes & RECEIVER) != 0, weights, 0.0)
+            part = tl.where(receives(classes), weights, 0.0)
             received = received * kept + tl.sum(part, axis=0)
             acc_receivers = acc_receivers * kept + tl.sum(part[:, None] * v, axis=0)
-            part = tl.where((classes & IMAGE_SINK) != 0, weights, 0.0)
+            part = tl.where(is_image_sink(classes), weights, 0.0)
             image_sunk = image_sunk * kept + tl.sum(part, axis=0)
-            part = tl.where((classes & SINK) != 0, weights, 0.0)
+            part = tl.where(is_sink(classes), weights, 0.0)
             sunk = sunk * kept + tl.sum(part, axis=0)
             acc_sinks = acc_sinks * kept + tl.sum(part[:, None] * v, axis=0)
 

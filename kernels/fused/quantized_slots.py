@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.dispatch import once_a_group
 from lvlm_fix.kernels.redistribution import Redistribution
 from lvlm_fix.quantization import QuantizedTensor
 
 # What kind of token a slot holds, as bits of one byte.
-VISIBLE, RECEIVER, SINK, IMAGE_SINK = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+VISIBLE, RECEIVER, SINK, IMAGE_SINK = 1, 2, 4, 8
 # Columns of the table of spans: seven addresses, then the group's tokens, where the span begins and ends, and the
 # slot of the group's first token.
-COLUMNS = tl.constexpr(11)
+COLUMNS = 11
 # Numbers a span leaves a query: the largest logit, and the sums of the weights of four classes.
-NUMBERS = tl.constexpr(5)
+NUMBERS = 5
 
 
 def slot_kinds(
@@ -30,13 +26,12 @@ def slot_kinds(
     if key_mask is None:
         key_mask = torch.ones(rows, slots, dtype=torch.bool, device=device)
     image, sink = given.image_mask & key_mask, given.sink_mask & key_mask
-    kinds = VISIBLE.value * key_mask + RECEIVER.value * (image & ~sink)
-    kinds = kinds + SINK.value * sink + IMAGE_SINK.value * (image & sink)
+    kinds = VISIBLE * key_mask + RECEIVER * (image & ~sink)
+    kinds = kinds + SINK * sink + IMAGE_SINK * (image & sink)
     start = torch.where((image & sink).any(-1), given.first_queries().to(torch.long), slots)
     return kinds.to(torch.uint8), start.contiguous()
 
 
-@once_a_group
 def group_tensors(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[list[Tensor], tuple[int, ...]]:
     """The tensors of a group in the order of the table, contiguous and aligned, and their addresses."""
     channel_scale = values.channel_scale
@@ -48,10 +43,8 @@ def group_tensors(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[list[
     return tensors, tuple(x.data_ptr() for x in tensors)
 
 
-# Two tables a layer of a deep model, several times over.
-@lru_cache(maxsize=1024)
-def span_table(groups: tuple[tuple[int, ...], ...], span: int, device: torch.device) -> Tensor:
-    """One line a span of `span` tokens, of COLUMNS numbers: the same addresses and sizes make the same table.
+def span_table(groups: list[tuple[int, ...]], span: int, device: torch.device) -> Tensor:
+    """One line a span of `span` tokens, of COLUMNS numbers.
 
     A group is its seven addresses, its number of tokens and the slot of its first.
     """

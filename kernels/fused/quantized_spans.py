@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lvlm_fix.kernels.fused.quantized_slots import COLUMNS, IMAGE_SINK, NUMBERS, RECEIVER, SINK, VISIBLE
+from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2
 
 # Rows of a program: the fewest that tensor cores multiply. More queries are further programs.
 ROWS = 16
@@ -24,7 +24,7 @@ def configuration(width: int, bits: int, moved: bool, precise: bool) -> dict[str
     least 16 deep.
     """
     per_byte = 8 // bits
-    byte_count = max(triton.next_power_of_2(triton.cdiv(width, per_byte)), 16 // per_byte)
+    byte_count = max(next_power_of_2(cdiv(width, per_byte)), 16 // per_byte)
     channels = byte_count * per_byte
     room = 4096 if moved or precise else 8192
     return {
@@ -32,6 +32,38 @@ def configuration(width: int, bits: int, moved: bool, precise: bool) -> dict[str
         "BLOCK": max(32, min(64, room // channels)),
         "num_warps": 4 if channels <= (64 if precise else 128) else 8,
     }
+
+
+# Kernels ask these functions and not for the constants of `quantized_slots`: at every launch, Triton compares each
+# constant of a module that a kernel reads with what it was, for a microsecond or two of the host.
+@triton.jit
+def visible(kinds):
+    return (kinds & 1) != 0
+
+
+@triton.jit
+def receives(kinds):
+    return (kinds & 2) != 0
+
+
+@triton.jit
+def is_sink(kinds):
+    return (kinds & 4) != 0
+
+
+@triton.jit
+def is_image_sink(kinds):
+    return (kinds & 8) != 0
+
+
+@triton.jit
+def line_of(table, span):
+    return table + span * 11
+
+
+@triton.jit
+def numbers_of(numbers, item):
+    return numbers + item * 5
 
 
 @triton.jit
@@ -74,7 +106,7 @@ def _weighted(acc, weights, scale, codes, PRECISE: tl.constexpr):
     return acc + part * largest[:, None]
 
 
-@triton.jit(do_not_specialize=["first_span", "spans", "slots", "rows"])
+@triton.jit(do_not_specialize=["kinds_row", "first_span", "spans", "rows"])
 def _split(
     query,
     kinds,
@@ -83,7 +115,7 @@ def _split(
     partial,
     first_span,
     spans,
-    slots,
+    kinds_row,
     rows,
     scale,
     KEY_HEADS: tl.constexpr,
@@ -104,7 +136,7 @@ def _split(
     USED: tl.constexpr = (WIDTH + PER_BYTE - 1) // PER_BYTE
     channel, byte = tl.arange(0, CHANNELS), tl.arange(0, BYTES)
     there = channel < WIDTH
-    work = table + span * COLUMNS
+    work = line_of(table, span)
     kind: tl.constexpr = query.dtype.element_ty
     key_codes, value_codes = _aligned(work, 0, tl.uint8), _aligned(work, 3, tl.uint8)
     value_scale, value_low = _aligned(work, 4, kind), _aligned(work, 5, kind)
@@ -139,8 +171,8 @@ def _split(
         logits = logits * q_size[:, None] + offset[:, None]
         seen = inside
         if MASKED:
-            classes = tl.load(kinds + (head // KEY_HEADS) * slots + slot + token, inside, 0).to(tl.int32)
-            seen = (classes & VISIBLE) != 0
+            classes = tl.load(kinds + (head // KEY_HEADS) * kinds_row + slot + token, inside, 0).to(tl.int32)
+            seen = visible(classes)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         new = tl.maximum(largest, tl.max(logits, axis=1))
         # Where nothing has been seen yet, -inf - -inf is not a number.
@@ -158,28 +190,29 @@ def _split(
         low = low * kept + tl.sum(weights * z[None, :], axis=1)
         acc = _weighted(acc * kept[:, None], weights, s, codes, PRECISE)
         if MOVED:
-            part = tl.where(((classes & RECEIVER) != 0)[None, :], weights, 0.0)
+            part = tl.where(receives(classes)[None, :], weights, 0.0)
             received = received * kept + tl.sum(part, axis=1)
             low_receivers = low_receivers * kept + tl.sum(part * z[None, :], axis=1)
             acc_receivers = _weighted(acc_receivers * kept[:, None], part, s, codes, PRECISE)
-            part = tl.where(((classes & IMAGE_SINK) != 0)[None, :], weights, 0.0)
+            part = tl.where(is_image_sink(classes)[None, :], weights, 0.0)
             image_sunk = image_sunk * kept + tl.sum(part, axis=1)
-            part = tl.where(((classes & SINK) != 0)[None, :], weights, 0.0)
+            part = tl.where(is_sink(classes)[None, :], weights, 0.0)
             sunk = sunk * kept + tl.sum(part, axis=1)
             low_sinks = low_sinks * kept + tl.sum(part * z[None, :], axis=1)
             acc_sinks = _weighted(acc_sinks * kept[:, None], part, s, codes, PRECISE)
 
     channel_scale = tl.load(_aligned(work, 6, kind) + place, there, 0.0).to(tl.float32)[None, :]
     item = (head * rows + row) * spans + first_span + span
-    tl.store(numbers + item * NUMBERS, largest, row < rows)
-    tl.store(numbers + item * NUMBERS + 1, total, row < rows)
+    mine = numbers_of(numbers, item)
+    tl.store(mine, largest, row < rows)
+    tl.store(mine + 1, total, row < rows)
     ACCUMULATORS: tl.constexpr = 3 if MOVED else 1
     at = (item * (ACCUMULATORS * WIDTH))[:, None] + channel[None, :]
     there = (row < rows)[:, None] & there[None, :]
     tl.store(partial + at, (acc + low[:, None]) * channel_scale, there)
     if MOVED:
-        tl.store(numbers + item * NUMBERS + 2, received, row < rows)
-        tl.store(numbers + item * NUMBERS + 3, sunk, row < rows)
-        tl.store(numbers + item * NUMBERS + 4, image_sunk, row < rows)
+        tl.store(mine + 2, received, row < rows)
+        tl.store(mine + 3, sunk, row < rows)
+        tl.store(mine + 4, image_sunk, row < rows)
         tl.store(partial + at + WIDTH, (acc_receivers + low_receivers[:, None]) * channel_scale, there)
         tl.store(partial + at + 2 * WIDTH, (acc_sinks + low_sinks[:, None]) * channel_scale, there)

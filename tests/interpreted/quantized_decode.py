@@ -8,7 +8,8 @@ from on_device import TOLERANCE
 
 from lvlm_fix import functional
 from lvlm_fix.kernels import Redistribution, pack
-from lvlm_fix.kernels.fused.quantized_decode import fused_quantized_decode
+from lvlm_fix.kernels.fused.quantized_decode import decode_by_kinds, fused_quantized_decode
+from lvlm_fix.kernels.fused.quantized_slots import slot_kinds
 
 VAR = {"rho": 0.3, "min_image_attention": 0.1, "p": 0.6}
 both_dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda dtype: str(dtype)[6:])
@@ -116,3 +117,25 @@ def test_huge_logits(dtype):
     # One token draws a head's whole attention.
     tail_key[:, :, 3] = 50 * query[:, :, 0].sign()
     assert_agrees(query.abs() * query.sign() * 4, groups, tail_key, tail_value)
+
+
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        pytest.param(
+            lambda x: torch.cat([x, torch.full_like(x, torch.nan)], dim=2)[:, :, :9], id="room behind"
+        ),
+        pytest.param(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), id="heads inside"),
+        pytest.param(lambda x: torch.cat([x, x], dim=3)[..., :32], id="wider heads"),
+    ],
+)
+def test_wherever_the_tail_lies_and_masks_may_be_wider(laid_out):
+    query, groups, *tail = inputs(2, 4, 2, 1, 32, [(30, 4), (41, 2)], torch.float32)
+    moved = [laid_out(x) for x in tail]
+    assert_agrees(query, groups, *moved)
+    real, image, sink = torch.rand(3, 2, 200) < torch.tensor([0.8, 0.6, 0.2])[:, None, None]
+    wide = Redistribution(image, sink, 0, **VAR)
+    cut = Redistribution(image[:, :80], sink[:, :80], 0, **VAR)
+    expected = fused_quantized_decode(query, groups, *tail, real[:, :80], cut, None)
+    kinds = slot_kinds(real, wide, 2, 200, query.device)
+    assert torch.equal(decode_by_kinds(query, groups, *moved, *kinds, wide, None), expected)
