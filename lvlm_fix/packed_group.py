@@ -5,7 +5,7 @@ Letters: R rows of the batch, H key heads, K slots, N tokens, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,23 +34,60 @@ class PackedGroup:
     places: Tensor
 
     @classmethod
-    def pack(cls, keys: Tensor, values: Tensor, places: Tensor, bits: int) -> PackedGroup:
-        """Pack the tokens whose place in `places` (R, 1, N, 1) is not EMPTY, N at least 1; empty slots go first."""
-        chosen = places != EMPTY
-        counts = chosen.sum(2, keepdim=True)
-        width = int(counts.max())
-        # False sorts first, and tokens stay in their order. With no token at all, one zero is packed, since a range
-        # needs something, and cut off again.
-        order = chosen.byte().argsort(dim=2, stable=True)[:, :, -max(width, 1) :]
-        filled = torch.arange(-order.shape[2], 0, device=order.device)[:, None] >= -counts
-        # A copy of the row's last token moves no minimum and no maximum. Rows without tokens hold zeros: padding
-        # may be NaN, which an attention weight of zero would not silence.
-        order = torch.where(filled, order, order[:, :, -1:])
-        keys, values = (take(x, order[:, 0, :, 0]).masked_fill(counts == 0, 0) for x in (keys, values))
-        places = places.take_along_dim(order, dim=2).masked_fill(~filled, EMPTY)
-        packed_keys, packed_values = pack(keys, values, bits)
-        group = cls(packed_keys, packed_values, places)
-        return group if width else cls.each(lambda x: x[:, :, :0].clone(), group)
+    def pack(
+        cls, keys: Tensor, values: Tensor, chosen: Tensor, bits: Sequence[int], first: int
+    ) -> list[PackedGroup]:
+        """One group of `bits` each for G masks of the first tokens: all their sizes take one wait for the device.
+
+        Args:
+            keys, values: (R, H, N, D).
+            chosen: (G, R, M) bool, M up to N, the tokens of each group; in a row with fewer than another, empty slots
+                go first.
+            bits: of each group.
+            first: place of the first token, which the others' follow.
+        """
+        running = chosen.cumsum(-1)
+        counts = running[..., -1].tolist() if chosen.shape[-1] else [[0]] * len(chosen)
+        return [cls._pack(keys, values, *group, first) for group in zip(running, counts, bits, strict=True)]
+
+    @classmethod
+    def _pack(
+        cls, keys: Tensor, values: Tensor, running: Tensor, counts: list[int], bits: int, first: int
+    ) -> PackedGroup:
+        """The group of `counts` tokens a row, of which `running` (R, M) were in the columns up to each."""
+        rows, width = len(keys), max(counts)
+        if not width:
+            return cls.of_none(keys, bits)
+        # A slot's token stands where as many have been counted as slots up to it.
+        number, empty = torch.arange(1, width + 1, device=keys.device).expand(rows, -1), None
+        if min(counts) < width:
+            own = running[:, -1:]
+            number = number - (width - own)
+            empty = number <= 0
+            # A copy of the row's last token moves no minimum and no maximum.
+            number = torch.where(empty, own, number)
+        index = torch.searchsorted(running, number.contiguous(), out_int32=True)
+        if rows == 1:
+            keys, values = (x.index_select(2, index[0]) for x in (keys, values))
+        else:
+            keys, values = take(keys, index), take(values, index)
+        if min(counts) == 0:
+            # Rows without tokens hold zeros: padding may be NaN, which an attention weight of zero would not silence.
+            without = running[:, -1, None, None, None] == 0
+            keys, values = keys.masked_fill(without, 0), values.masked_fill(without, 0)
+        places = index + first
+        places = places if empty is None else places.masked_fill(empty, EMPTY)
+        return cls(*pack(keys, values, bits), places[:, None, :, None])
+
+    @classmethod
+    def of_none(cls, like: Tensor, bits: int) -> PackedGroup:
+        """A group without slots, of keys and values (R, H, ?, D) in the dtype of `like`."""
+        rows, heads, _, width = like.shape
+        codes = like.new_empty(rows, heads, 0, -(-width * bits // 8), dtype=torch.uint8)
+        channels, tokens = like.new_empty(rows, heads, 0, width), like.new_empty(rows, heads, 0, 1)
+        keys = QuantizedTensor(codes, channels, channels, bits, width)
+        values = QuantizedTensor(codes, tokens, tokens, bits, width, channels)
+        return cls(keys, values, like.new_empty(rows, 1, 0, 1, dtype=torch.int32))
 
     @classmethod
     def each(cls, change: Callable[..., Tensor], *groups: PackedGroup) -> PackedGroup:

@@ -5,7 +5,6 @@ Letters: R rows of the batch, H key heads, T prompt columns, K slots of a group,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from lvlm_fix._tensors import require, require_bool, sizes
+from lvlm_fix.packed_bytes import Share, bytes_a_slot, bytes_by_row
 from lvlm_fix.packed_group import EMPTY, PackedGroup
 from lvlm_fix.packed_tail import TailRoom, unread
 from lvlm_fix.quantization import QuantizedTensor, dequantize_kv
@@ -99,17 +99,17 @@ class PackedLayer(CacheLayerMixin):
         same = keys.is_floating_point() and keys.dtype == values.dtype
         require(same, f"keys and values must share a float dtype, got {keys.dtype} and {values.dtype}")
         layer = cls(bits=bits, low_bits=low_bits, window=window)
-        layer.lazy_initialization(keys, values)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.prompt = keys.shape[2]
         places = torch.arange(-layer.prompt, 0, dtype=torch.int32, device=real.device)
         places = torch.where(real, places, EMPTY)[:, None, :, None]
         layer.keys, layer.values, layer.places = keys, values, places
-        keys, values, places = layer._cut(layer.prompt - window)
-        if layer.prompt <= window:
-            return layer  # nothing is old enough to be packed
-        for chosen, precision in ((important, bits), (~important & (not evict), low_bits)):
-            chosen_places = places.masked_fill(~chosen[:, None, :, None], EMPTY)
-            layer.groups.append(PackedGroup.pack(keys, values, chosen_places, precision))
+        old = layer.prompt - window
+        layer._shorten(old)
+        if old > 0:
+            chosen = [important & real, torch.zeros_like(real) if evict else real > important]
+            chosen, precisions = torch.stack(chosen)[..., :old], (bits, low_bits)
+            layer.groups = PackedGroup.pack(keys, values, chosen, precisions, -layer.prompt)
         return layer
 
     @classmethod
@@ -147,8 +147,13 @@ class PackedLayer(CacheLayerMixin):
         # What earlier calls appended is packed 64 at a time, all that was older than the window by then. A count of
         # the tail's columns would not do: a short prompt's tail is narrower alone than beside a longer prompt.
         for due in range(self.grouped + GROUP, self.appended + 1, GROUP):
-            old = self._cut(self.keys.shape[2] - self.window - (self.appended - due))
-            self.groups.append(PackedGroup.pack(*old, self.bits))
+            columns = self.keys.shape[2]
+            count = max(columns - self.window - (self.appended - due), 0)
+            chosen = (self.places[:, 0, :count, 0] != EMPTY)[None]
+            self.groups += PackedGroup.pack(
+                self.keys, self.values, chosen, [self.bits], self.appended - columns
+            )
+            self._shorten(count)
             self.grouped = due
         self._append(key_states, value_states)
         if not self.groups:
@@ -185,16 +190,18 @@ class PackedLayer(CacheLayerMixin):
 
     def nbytes_by_row(self) -> Tensor:
         """(R,) long, bytes that each row's own tokens take: those that the row would hold alone, without padding."""
+        return bytes_by_row(self.shares())
+
+    def shares(self) -> list[Share]:
+        """What `nbytes_by_row` counts, to be counted later, whatever the layer holds by then."""
         tail = self._tail()
-        room = tail[0].shape[2] - self.keys.shape[2]
-        rows = ((self.places != EMPTY).sum((1, 2, 3)) + room) * _bytes_a_slot(tail)
+        shares = [Share(self.places, bytes_a_slot(tail), room=tail[0].shape[2] - self.keys.shape[2])]
         for group in self.groups:
-            own = [x for x in group.tensors if x.shape[2] == group.places.shape[2]]
             # Ranges of a whole group are one slot wide, and none where it holds no token of the row.
-            shared = [x for x in group.tensors if x.shape[2] != group.places.shape[2]]
-            count = (group.places != EMPTY).sum((1, 2, 3))
-            rows += count * _bytes_a_slot(own) + count.clamp_max(1) * _bytes_a_slot(shared)
-        return rows
+            whole = [x for x in group.tensors if x.shape[2] != group.places.shape[2]]
+            each = bytes_a_slot(group.tensors) - bytes_a_slot(whole)
+            shares.append(Share(group.places, each, bytes_a_slot(whole)))
+        return shares
 
     @property
     def full_nbytes(self) -> int:
@@ -266,21 +273,17 @@ class PackedLayer(CacheLayerMixin):
         missing = count - len(self.groups)
         if not missing:
             return self
-        none = torch.full_like(self.places[:, :, :1], EMPTY)
-        token = self.keys[:, :, :1], self.values[:, :, :1]
         precisions = (self.bits, self.low_bits)[:missing]
         filled = copy(self)
-        filled.groups = [*(PackedGroup.pack(*token, none, bits) for bits in precisions), *self.groups]
+        filled.groups = [*(PackedGroup.of_none(self.keys, bits) for bits in precisions), *self.groups]
         return filled
 
-    def _cut(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the oldest `count` tokens off the tail; returns it as it was, the places of those that stay EMPTY."""
-        tail = keys, values, places = self.keys, self.values, self.places
+    def _shorten(self, count: int) -> None:
+        """Take the oldest `count` tokens off the tail."""
         self._room = None
+        tail = self.keys, self.values, self.places
         # Clones: slices would keep the memory of what was cut off.
         self.keys, self.values, self.places = (x[:, :, max(count, 0) :].clone() for x in tail)
-        old = torch.arange(places.shape[2], device=places.device)[:, None] < count
-        return keys, values, places.masked_fill(~old, EMPTY)
 
     def _each(self, change: Callable[..., Tensor], *layers: PackedLayer) -> None:
         if self.is_initialized:
@@ -288,11 +291,6 @@ class PackedLayer(CacheLayerMixin):
             self.keys, self.values, self.places = map(change, *((x.keys, x.values, x.places) for x in layers))
             parts = zip(*(layer.groups for layer in layers), strict=True)
             self.groups = [PackedGroup.each(change, *groups) for groups in parts]
-
-
-def _bytes_a_slot(tensors: Sequence[Tensor]) -> int:
-    """Of one row, in all of them together."""
-    return sum(math.prod(x.shape[1::2]) * x.itemsize for x in tensors)
 
 
 def _cat_rows(*tensors: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lvlm_fix.encoding import Encoded
 from lvlm_fix.methods.base import Method, Told, made
+from lvlm_fix.packed_bytes import bytes_by_row
 from lvlm_fix.packed_layer import PackedLayer
 from lvlm_fix.passes import Pass
 
@@ -91,7 +92,11 @@ class Report:
 
 
 def _of_row(
-    told: list[tuple[int, dict[str, Told]]], row: int, prompt: int, this: Pass, held: dict[str, Tensor]
+    told: list[tuple[int, dict[str, Told]]],
+    row: int,
+    prompt: int,
+    this: Pass,
+    held: dict[str, Callable[[], Tensor]],
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {"prompt": prompt, "layers": [layer for layer, _ in told]}
     for key in told[0][1]:
@@ -101,22 +106,29 @@ def _of_row(
         for name, among in (("sinks", this.real[row]), ("image_sinks", this.image_mask[row])):
             entry[name] = functools.partial(_among, [values["sinks"] for _, values in told], row, among)
     if "ratios" in entry:
-        entry |= {name: functools.partial(int, count[row]) for name, count in held.items()}
+        entry |= {name: functools.partial(_number, counted, row) for name, counted in held.items()}
     return entry
 
 
-def _bytes(this: Pass) -> dict[str, Tensor]:
+def _bytes(this: Pass) -> dict[str, Callable[[], Tensor]]:
     """Of each row (R,): bytes of its tokens in packed layers, and of all of them as they were; {} without such layers.
 
-    Now, for these layers will hold more; on the device, since nobody may ask.
+    These layers will hold more, so what they hold now is noted; it is counted if somebody asks.
     """
     packed = [layer for layer in (this.cache.layers if this.cache else []) if isinstance(layer, PackedLayer)]
     if not packed:
         return {}
     rows, columns = this.real.shape
     full = sum(layer.full_nbytes for layer in packed) // (rows * columns)
-    held = [layer.nbytes_by_row().to(this.real.device) for layer in packed]
-    return {"bytes": torch.stack(held).sum(0), "full_bytes": this.real.sum(1) * full}
+    shares, real = [share for layer in packed for share in layer.shares()], this.real
+    return {
+        "bytes": functools.cache(lambda: bytes_by_row(shares)),
+        "full_bytes": functools.cache(lambda: real.sum(1) * full),
+    }
+
+
+def _number(counted: Callable[[], Tensor], row: int) -> int:
+    return int(counted()[row])
 
 
 def _among(masks: list[Told], row: int, among: Tensor) -> list[list[int]]:

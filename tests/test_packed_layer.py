@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lvlm_fix.growing_layer import ROOM
+from lvlm_fix.packed_bytes import bytes_by_row
 from lvlm_fix.packed_layer import GROUP, PackedLayer
 from lvlm_fix.quantization import dequantize_kv, quantize_kv
 
@@ -261,6 +262,16 @@ def test_bytes_by_row_are_those_of_the_row_alone():
             alone.update(*(x[one, :, :count] for x in new))
             now(alone)
         assert layer.nbytes_by_row()[row] == alone.nbytes == alone.nbytes_by_row().item()
+
+
+def test_what_was_held_can_be_counted_later():
+    layer = PackedLayer.compress(*prompt(3, 60, pads=[0, 30, 60]), window=8)
+    before, noted = layer.nbytes_by_row(), layer.shares()
+    for seed in range(GROUP + 2):
+        layer.update(*tokens(3, 1, seed=seed))
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(bytes_by_row(noted), before)
+    assert (layer.nbytes_by_row()[::2] > before).all()
 
 
 def test_generated_tokens_shrink_in_memory():
