@@ -59,6 +59,14 @@ def probe_scores(
     if key_mask is not None:
         sizes(key=(key, "B K T D"), key_mask=(key_mask, "B T"))
         require_bool(key_mask=key_mask)
+    return scores_of_probes(query, key, positions, scale, key_mask)
+
+
+@torch.no_grad()
+def scores_of_probes(
+    query: Tensor, key: Tensor, positions: Tensor, scale: float | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`probe_scores`, inputs unchecked: whether positions are in range, only the device could say. (B, P) they are."""
     if fits_head(query):
         from lvlm_fix.kernels.fused.probe_scores import fused_probe_scores
 

@@ -80,8 +80,8 @@ def important_tokens(scores: Tensor, normalised: Tensor, tau: float) -> Tensor:
     # where small scores are added to a sum near the total.
     tail = wide(scores).sort(-1).values.cumsum(-1)
     total = tail[:, -1:]
-    dropped = (tail <= (1 - tau) * total).sum(-1, keepdim=True).clamp_max(n["T"] - 1)
-    kept = torch.where(total > 0, n["T"] - dropped, n["T"])
-    chosen = torch.arange(n["T"], device=scores.device) < kept
+    # The largest is not asked for: one token stays.
+    dropped = ((tail[:, :-1] <= (1 - tau) * total) & (total > 0)).sum(-1, keepdim=True)
+    chosen = torch.arange(n["T"], 0, -1, device=scores.device) > dropped
     order = normalised.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(chosen).scatter(1, order, chosen)
+    return torch.empty_like(chosen).scatter_(1, order, chosen)

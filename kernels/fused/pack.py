@@ -12,11 +12,14 @@ numbers that are kept.
 A tile is (tokens, bytes, codes in a byte), so a byte is the sum over the last dimension of codes shifted apart.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lvlm_fix.kernels.fused.launch import parts_of, power_of_two
 from lvlm_fix.quantization import QuantizedTensor
 
 # Bytes of a tile of keys, and as many of values. Of halves it is 32 registers a thread of 4 warps, once they are
@@ -174,7 +177,7 @@ def _pack(
 def configuration(width: int, bits: int, itemsize: int) -> dict[str, int]:
     """Tile of a head size: bytes and codes a byte, filled up to powers of two, and as many tokens as TILE holds."""
     per_byte = 8 // bits
-    byte_count = triton.next_power_of_2(triton.cdiv(width, per_byte))
+    byte_count = power_of_two(parts_of(width, per_byte))
     return {
         "BYTES": byte_count,
         "PER_BYTE": per_byte,
@@ -187,16 +190,15 @@ def fused_pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor
     keys, values = keys.contiguous(), values.contiguous()
     rows, heads, tokens, width = keys.shape
     tile = configuration(width, bits, keys.element_size())
-    blocks = triton.cdiv(tokens, tile["BLOCK"])
-    span = triton.cdiv(blocks, PARTS) * tile["BLOCK"]
-    parts = triton.cdiv(tokens, span)
+    blocks = parts_of(tokens, tile["BLOCK"])
+    span = parts_of(blocks, PARTS) * tile["BLOCK"]
+    parts = parts_of(tokens, span)
     padded = tile["BYTES"] * tile["PER_BYTE"]
     partial = keys.new_empty(rows * heads, parts, 3, padded, dtype=torch.float32)
-    used = triton.cdiv(width, tile["PER_BYTE"])
-    # Each in memory of its own, whose beginning is aligned: decoding reads them as wide words.
-    key_codes, value_codes = (keys.new_empty(rows, heads, tokens, used, dtype=torch.uint8) for _ in range(2))
-    key_scale, key_low, channel_scale = (keys.new_empty(rows, heads, 1, width) for _ in range(3))
-    value_scale, value_low = (keys.new_empty(rows, heads, tokens, 1) for _ in range(2))
+    used = parts_of(width, tile["PER_BYTE"])
+    key_codes, value_codes = _alike(2, keys, (rows, heads, tokens, used), torch.uint8)
+    key_scale, key_low, channel_scale = _alike(3, keys, (rows, heads, 1, width))
+    value_scale, value_low = _alike(2, keys, (rows, heads, tokens, 1))
     info = torch.finfo(keys.dtype)
     rounding = {"EPS": info.eps, "FLOOR": max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)}
     # Triton launches on the current device, which need not be the tensors'.
@@ -224,3 +226,13 @@ def fused_pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor
         QuantizedTensor(key_codes, key_scale, key_low, bits, width),
         QuantizedTensor(value_codes, value_scale, value_low, bits, width, channel_scale),
     )
+
+
+def _alike(
+    count: int, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Tensors whose beginnings are aligned, as decoding reads them as wide words: where they can be, made at once."""
+    dtype = like.dtype if dtype is None else dtype
+    if math.prod(shape) * dtype.itemsize % 16 == 0:
+        return like.new_empty(count, *shape, dtype=dtype).unbind()
+    return tuple(like.new_empty(shape, dtype=dtype) for _ in range(count))

@@ -19,6 +19,7 @@ from lvlm_fix.kernels.fused.launch import (
     capability,
     is_hopper,
     padded_width,
+    parts_of,
     precision,
     within_reach,
 )
@@ -88,7 +89,7 @@ def _sparse_prefill(
     value,
     out,
     index,
-    counts,
+    places,
     query_b,
     query_h,
     query_t,
@@ -116,11 +117,11 @@ def _sparse_prefill(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     item = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    count = tl.load(counts + item)
+    count = tl.load(places + (item + 1) * (index_b - 1) - 1).to(tl.int32)
     begin = block * BLOCK_Q
     if begin >= count:
         return
-    index += item * index_b
+    index += item * index_b + 1
     asking = begin + tl.arange(0, BLOCK_Q)
     position = tl.load(index + asking, asking < count, 0).to(tl.int64)
     dim = tl.arange(0, PADDED)
@@ -174,12 +175,12 @@ def fused_sparse_prefill(
     """
     batch, heads, tokens, width = query.shape
     query, key, value = (within_reach(x) for x in (query, key, value))
-    index, counts = listed(important)
+    index, places = listed(important)
     out = query.new_zeros(batch, tokens, heads, width).transpose(1, 2)
     padded = padded_width(width)
     chosen = configuration(padded, query.dtype, capability(query))
     strides = [stride for x in (query, key, value, out) for stride in x.stride()[:3]]
-    grid = triton.cdiv(tokens, chosen["BLOCK_Q"]), batch * heads
+    grid = parts_of(tokens, chosen["BLOCK_Q"]), batch * heads
     with torch.cuda.device_of(query):
         _sparse_prefill[grid](
             query,
@@ -187,7 +188,7 @@ def fused_sparse_prefill(
             value,
             out,
             index,
-            counts,
+            places,
             *strides,
             index.stride(0),
             LOG2_E * (width**-0.5 if scale is None else scale),
@@ -202,15 +203,13 @@ def fused_sparse_prefill(
 
 
 def listed(important: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the important tokens in raster order, (B, T + 1) of which the first counts (B,) are filled.
+    """Positions of the important tokens in raster order, (B, 1 + T), from the second slot on, and a running count.
 
-    Made by a running sum: no sort, and no wait for the device to say how many there are.
+    Made by that count, (B, T): no sort, and no wait for the device to say how many there are.
     """
     batch, tokens = important.shape
-    place = important.cumsum(-1)
-    counts = place[:, -1].to(torch.int32)
-    # The others all write to the slot at the end, which nothing reads.
-    slot = torch.where(important, place - 1, tokens)
+    places = important.cumsum(-1)
     position = torch.arange(tokens, dtype=torch.int32, device=important.device).expand(batch, -1)
-    index = torch.empty(batch, tokens + 1, dtype=torch.int32, device=important.device)
-    return index.scatter_(1, slot, position), counts
+    index = torch.empty(batch, 1 + tokens, dtype=torch.int32, device=important.device)
+    # The others all write to the slot in front, which nothing reads.
+    return index.scatter_(1, places * important, position), places

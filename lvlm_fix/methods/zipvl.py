@@ -9,9 +9,30 @@ import torch
 from torch import Tensor
 
 from lvlm_fix.functional import important_tokens
-from lvlm_fix.kernels import probe_scores
+from lvlm_fix.kernels.probe_scores import scores_of_probes
 from lvlm_fix.methods.base import AttentionStep, Method
 from lvlm_fix.packed_layer import PackedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """What ZipVL knows of a prefill of R rows and T columns in any layer.
+
+    Attributes:
+        positions: (R, P), the columns of the probes.
+        stand: the same, int32.
+        lengths: (R,), tokens that are no padding.
+        key_mask: (R, T) bool, these tokens; None where that is all.
+        kept: (R, T) bool, tokens that may not be dropped, padding among them; None where all may.
+        always: (R, T) or (T,) bool, tokens that are important whatever the probes say, if they are no padding.
+    """
+
+    positions: Tensor
+    stand: Tensor
+    lengths: Tensor
+    key_mask: Tensor | None
+    kept: Tensor | None
+    always: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,20 +81,37 @@ class ZipVL(Method):
         if step.real.shape[1] <= self.window:  # all are newest, whatever the probes say
             ratio = torch.ones(len(step.real), device=step.real.device)
             return replace(step, important=step.real, told={"ratios": ratio})
-        positions = step.shared.get(self)
-        if positions is None:  # the same probes in every layer
-            positions = step.shared[self] = self.probes(step.real)
-        positions = positions.to(step.query.device)  # layers may be on several
-        index = positions[:, None, :, None].expand(-1, step.query.shape[1], -1, step.query.shape[-1])
-        scores, normalised = probe_scores(
-            step.query.gather(2, index), step.key, positions, step.scale, step.real
+        place = self, step.query.device  # layers may be on several
+        same = step.shared.get(place)
+        if same is None:
+            same = step.shared[place] = self.of_all_layers(step)
+        index = same.positions[:, None, :, None].expand(-1, step.query.shape[1], -1, step.query.shape[-1])
+        scores, normalised = scores_of_probes(
+            step.query.gather(2, index), step.key, same.stand, step.scale, same.key_mask
         )
-        droppable = step.real if self.scope == "all" else step.image_mask
-        chosen = important_tokens(scores * droppable, normalised.masked_fill(~droppable, -1), self.tau)
-        newest = torch.arange(step.real.shape[1], device=step.real.device) >= step.real.shape[1] - self.window
-        important = (chosen | ~droppable | newest) & step.real
-        ratio = important.sum(1) / step.real.sum(1)
-        return replace(step, important=important, told={"ratios": ratio})
+        if same.kept is not None:
+            scores, normalised = scores.masked_fill(same.kept, 0), normalised.masked_fill(same.kept, -1)
+        important = important_tokens(scores, normalised, self.tau) | same.always
+        important = important if same.key_mask is None else important & same.key_mask
+        return replace(step, important=important, told={"ratios": important.sum(1) / same.lengths})
+
+    def of_all_layers(self, step: AttentionStep) -> Same:
+        """What is the same in all layers of a prefill: each operation costs the host as much as a small layer's."""
+        real, device = step.real, step.query.device
+        positions, lengths = self.probes(real).to(device), real.sum(1)
+        newest = torch.arange(real.shape[1], device=device) >= real.shape[1] - self.window
+        unpadded = bool((lengths == real.shape[1]).all())
+        kept = (
+            None if unpadded and self.scope == "all" else ~(real if self.scope == "all" else step.image_mask)
+        )
+        return Same(
+            positions=positions,
+            stand=positions.to(torch.int32),
+            lengths=lengths,
+            key_mask=None if unpadded else real,
+            kept=kept,
+            always=newest if kept is None else kept | newest,
+        )
 
     def cache(self, step: AttentionStep) -> PackedLayer | None:
         if step.important is None:
