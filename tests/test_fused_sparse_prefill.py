@@ -14,7 +14,7 @@ TENSORS = ("query", "key", "value", "out")
 STRIDES = {f"{name}_{axis}": "i32!" for name in TENSORS for axis in "bht"}
 OTHERS = {
     "index": "*i32",
-    "places": "*i32",
+    "places": "*i64",
     "index_b": "i32",
     "scale": "fp32",
     "heads": "i32",
