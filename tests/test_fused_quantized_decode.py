@@ -133,18 +133,27 @@ def test_the_kernels_fit_on_the_gpu(capability):
     same = ("query", "tail_key", "tail_value", "out")
     # VAR needs the masks; without it there may be padding or none.
     plain, padded, cured = (False, False), (True, False), (True, True)
-    cases = list(product(("float32", "bfloat16"), (128, 256), (2, 4), (padded, cured)))
-    cases += [("bfloat16", 128, 8, cured), ("float32", 80, 8, plain), ("float32", 80, 2, plain)]
-    cases += [("float16", 96, 4, plain), ("float16", 32, 8, plain)]
-    for dtype, width, bits, (masked, moved) in cases:
+    usual = (4, 2)
+    cases = list(product(("bfloat16",), (128, 256), [usual], (padded, cured)))
+    cases += list(product(("float32",), (128, 256), [(2, 2), (4, 4)], (padded, cured)))
+    cases += [
+        ("bfloat16", 128, (8, 8), cured),
+        ("float32", 80, (8, 8), plain),
+        ("float32", 80, (2, 2), plain),
+    ]
+    cases += [("float16", 128, usual, plain), ("float16", 96, (4, 4), plain), ("float16", 32, (8, 8), plain)]
+    cases += [("bfloat16", 128, (2, 2), cured), ("float16", 80, usual, plain), ("float16", 32, usual, cured)]
+    for dtype, width, (bits, other), (masked, moved) in cases:
         kinds = types | dict.fromkeys(same, TYPES[dtype])
-        tile = quantized_spans.configuration(width, bits, moved, dtype == "float32")
+        tile = quantized_spans.configuration(width, moved, dtype == "float32")
         warps = tile.pop("num_warps")
         shared = {"KEY_HEADS": 8, "WIDTH": width, "MASKED": masked, "MOVED": moved}
         if not masked:
             shared["kinds"] = None
         constants = (
-            shared | tile | {"BITS": bits, "ROWS": quantized_spans.ROWS, "PRECISE": dtype == "float32"}
+            shared
+            | tile
+            | {"BITS": bits, "OTHER_BITS": other, "ROWS": quantized_spans.ROWS, "PRECISE": dtype == "float32"}
         )
         usage = compiled_usage(quantized_spans._split, capability, kinds, constants, num_warps=warps)
         require_fits(usage, capability)

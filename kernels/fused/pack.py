@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import parts_of, power_of_two
+from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2
 from lvlm_fix.quantization import QuantizedTensor
 
 # Bytes of a tile of keys, and as many of values. Of halves it is 32 registers a thread of 4 warps, once they are
@@ -177,7 +177,7 @@ def _pack(
 def configuration(width: int, bits: int, itemsize: int) -> dict[str, int]:
     """Tile of a head size: bytes and codes a byte, filled up to powers of two, and as many tokens as TILE holds."""
     per_byte = 8 // bits
-    byte_count = power_of_two(parts_of(width, per_byte))
+    byte_count = next_power_of_2(cdiv(width, per_byte))
     return {
         "BYTES": byte_count,
         "PER_BYTE": per_byte,
@@ -190,12 +190,12 @@ def fused_pack(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedTensor
     keys, values = keys.contiguous(), values.contiguous()
     rows, heads, tokens, width = keys.shape
     tile = configuration(width, bits, keys.element_size())
-    blocks = parts_of(tokens, tile["BLOCK"])
-    span = parts_of(blocks, PARTS) * tile["BLOCK"]
-    parts = parts_of(tokens, span)
+    blocks = cdiv(tokens, tile["BLOCK"])
+    span = cdiv(blocks, PARTS) * tile["BLOCK"]
+    parts = cdiv(tokens, span)
     padded = tile["BYTES"] * tile["PER_BYTE"]
     partial = keys.new_empty(rows * heads, parts, 3, padded, dtype=torch.float32)
-    used = parts_of(width, tile["PER_BYTE"])
+    used = cdiv(width, tile["PER_BYTE"])
     key_codes, value_codes = _alike(2, keys, (rows, heads, tokens, used), torch.uint8)
     key_scale, key_low, channel_scale = _alike(3, keys, (rows, heads, 1, width))
     value_scale, value_low = _alike(2, keys, (rows, heads, tokens, 1))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lvlm_fix.kernels.fused.launch import LOG2_E, padded_width, parts_of, precision, within_reach
+from lvlm_fix.kernels.fused.launch import LOG2_E, cdiv, padded_width, precision, within_reach
 
 # Keys a program of the first pass reads: 640 tokens of 32 heads then fill half an H100, 2,900 tokens all of it.
 SPAN = 512
@@ -249,7 +249,7 @@ def fused_probe_scores(
         # A probe at -1 sees nothing, and so counts for nothing.
         positions = positions.masked_fill(~key_mask.gather(1, positions.long()), -1)
     positions = positions.to(torch.int32).contiguous()
-    spans = parts_of(tokens, SPAN)
+    spans = cdiv(tokens, SPAN)
     of_spans = query.new_empty(2, batch * key_heads, spans, rows, dtype=torch.float32)
     of_rows = query.new_empty(2, batch * key_heads, rows, dtype=torch.float32)
     sums = query.new_empty(batch * key_heads, tokens, dtype=torch.float32)
@@ -263,13 +263,13 @@ def fused_probe_scores(
     sizes = *query.stride()[:3], *key.stride()[:3], LOG2_E * (width**-0.5 if scale is None else scale)
     counts = tokens, key_heads, group, probes
     with torch.cuda.device_of(query):
-        grid = spans, parts_of(rows, chosen["BLOCK_P"]), batch * key_heads
+        grid = spans, cdiv(rows, chosen["BLOCK_P"]), batch * key_heads
         _row_statistics[grid](*inputs, *of_spans, *sizes, *counts, SPAN, **passes)
-        merging = parts_of(rows, BLOCK_SUM), batch * key_heads
+        merging = cdiv(rows, BLOCK_SUM), batch * key_heads
         _merge_statistics[merging](*of_spans, *of_rows, spans, rows, BLOCK_SUM)
-        by_column = parts_of(tokens, chosen["BLOCK_T"]), batch * key_heads
+        by_column = cdiv(tokens, chosen["BLOCK_T"]), batch * key_heads
         _column_sums[by_column](*inputs, *of_rows, sums, *sizes, *counts, **passes)
-        ending = parts_of(tokens, BLOCK_SUM), batch
+        ending = cdiv(tokens, BLOCK_SUM), batch
         _finish[ending](
             sums,
             positions,

@@ -13,9 +13,9 @@ float16 is enough of them. So float32 needs no product slower than float16's, an
 the largest logit, sums of weights and weighted values; VAR (arXiv 2503.03321) needs them by class, as in
 `fused/visual_attention.py`: everything, image tokens that are no sinks, and sinks. `quantized_merge` runs one query a
 program: it adds the tail, which is not packed, merges the spans, and applies VAR's gate. Groups are many (64 generated
-tokens each), so a launch is not made for each of them but for each number of bits: where a span's tensors lie is told
-by a table of addresses. All that does not change from token to token is found once for the same groups (`_plan`): each
-small question costs the host as much as a launch.
+tokens each), so a launch is not made for each of them but for those of 4 and 2 bits, and for those of 8: where a span's
+tensors lie is told by a table of addresses. All that does not change from token to token is found once for the same
+groups (`_plan`): each small question costs the host as much as a launch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from lvlm_fix.kernels.redistribution import Redistribution
 
 # A program's span: long enough to outweigh its sums, and so many that each processor has some to choose from.
 LONGEST_SPAN, PROGRAMS_A_PROCESSOR = 1024, 4
+# Numbers of bits that are read by one launch, of halves and of float32. Others would spill registers.
+SHARED_LAUNCHES, PRECISE_LAUNCHES = ((4, 2), (8,)), ((4,), (2,), (8,))
 
 
 def span_length(tokens: int, heads: int, processors: int, block: int) -> int:
@@ -61,7 +63,7 @@ class Plan:
 
 @once_for_groups
 def _plan(groups: Groups, width: int, moved: bool, precise: bool) -> Plan:
-    """A launch for each number of bits among the groups."""
+    """How the groups are read, in as few launches as there can be."""
     slots, held = 0, []
     by_bits: dict[int, list[tuple[int, ...]]] = {}
     for keys, values in groups:
@@ -69,18 +71,20 @@ def _plan(groups: Groups, width: int, moved: bool, precise: bool) -> Plan:
         if tokens:
             tensors, addresses = group_tensors(keys, values)
             held.append(tensors)
-            by_bits.setdefault(keys.bits, []).append((*addresses, tokens, slots))
+            by_bits.setdefault(keys.bits, []).append((*addresses, tokens, slots, keys.bits))
         slots += tokens
     spans, launches = 0, []
-    for bits, lines in by_bits.items():
+    tile = configuration(width, moved, precise)
+    for kinds in PRECISE_LAUNCHES if precise else SHARED_LAUNCHES:
+        lines = [line for bits in kinds for line in by_bits.get(bits, [])]
+        if not lines:
+            continue
+        bits, other = lines[0][-1], lines[-1][-1]
         codes = held[0][0]
         processors = multiprocessors(codes.device) if codes.is_cuda else 1
-        tile = configuration(width, bits, moved, precise)
-        own = sum(tokens for *_, tokens, _ in lines)
-        heads = codes.shape[0] * codes.shape[1]
-        span = span_length(own, heads, processors, tile["BLOCK"])
-        table = span_table(lines, span, codes.device)
-        launches.append((spans, table, len(table), {"BITS": bits, **tile}))
+        heads, tokens = codes.shape[0] * codes.shape[1], sum(tokens for *_, tokens, _, _ in lines)
+        table = span_table(lines, span_length(tokens, heads, processors, tile["BLOCK"]), codes.device)
+        launches.append((spans, table, len(table), {"BITS": bits, "OTHER_BITS": other, **tile}))
         spans += len(table)
     return Plan(slots, spans, launches, held)
 

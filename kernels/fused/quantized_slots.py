@@ -10,9 +10,9 @@ from lvlm_fix.quantization import QuantizedTensor
 
 # What kind of token a slot holds, as bits of one byte.
 VISIBLE, RECEIVER, SINK, IMAGE_SINK = 1, 2, 4, 8
-# Columns of the table of spans: seven addresses, then the group's tokens, where the span begins and ends, and the
-# slot of the group's first token.
-COLUMNS = 11
+# Columns of the table of spans: seven addresses, then the group's tokens, where the span begins and ends, the slot of
+# the group's first token, and its number of bits.
+COLUMNS = 12
 # Numbers a span leaves a query: the largest logit, and the sums of the weights of four classes.
 NUMBERS = 5
 
@@ -46,11 +46,11 @@ def group_tensors(keys: QuantizedTensor, values: QuantizedTensor) -> tuple[list[
 def span_table(groups: list[tuple[int, ...]], span: int, device: torch.device) -> Tensor:
     """One line a span of `span` tokens, of COLUMNS numbers.
 
-    A group is its seven addresses, its number of tokens and the slot of its first.
+    A group is its seven addresses, its number of tokens, the slot of its first, and its number of bits.
     """
     lines = [
-        (*addresses, tokens, begin, min(begin + span, tokens), slot)
-        for *addresses, tokens, slot in groups
+        (*addresses, tokens, begin, min(begin + span, tokens), slot, bits)
+        for *addresses, tokens, slot, bits in groups
         for begin in range(0, tokens, span)
     ]
     return torch.tensor(lines, dtype=torch.long, device=device)

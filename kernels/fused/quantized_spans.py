@@ -9,26 +9,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lvlm_fix.kernels.fused.launch import cdiv, next_power_of_2
+from lvlm_fix.kernels.fused.launch import padded_width
 
 # Rows of a program: the fewest that tensor cores multiply. More queries are further programs.
 ROWS = 16
 
 
-def configuration(width: int, bits: int, moved: bool, precise: bool) -> dict[str, int]:
-    """Block sizes of `_split` for a head size and a number of bits, with VAR's two further accumulators or without.
+def configuration(width: int, moved: bool, precise: bool) -> dict[str, int]:
+    """Block sizes of `_split` for a head size, with VAR's two further accumulators or without.
 
     Unpacked codes of a block's keys or values are BLOCK x CHANNELS float16: 8,192 of them are 32 registers a thread of
     4 warps, beside accumulators of 16 x CHANNELS float32. VAR's accumulators, or weights as two float16 for float32
     (`precise`), take the room of half of that. Wider heads get 8 warps, float32 from half the width on. Products are at
     least 16 deep.
     """
-    per_byte = 8 // bits
-    byte_count = max(next_power_of_2(cdiv(width, per_byte)), 16 // per_byte)
-    channels = byte_count * per_byte
+    channels = padded_width(width)
     room = 4096 if moved or precise else 8192
     return {
-        "BYTES": byte_count,
+        "CHANNELS": channels,
         "BLOCK": max(32, min(64, room // channels)),
         "num_warps": 4 if channels <= (64 if precise else 128) else 8,
     }
@@ -58,7 +56,7 @@ def is_image_sink(kinds):
 
 @triton.jit
 def line_of(table, span):
-    return table + span * 11
+    return table + span * 12
 
 
 @triton.jit
@@ -108,31 +106,42 @@ def _weighted(acc, weights, scale, codes, PRECISE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["kinds_row", "first_span", "spans", "rows"])
 def _split(
-    query,
-    kinds,
-    table,
-    numbers,
-    partial,
-    first_span,
-    spans,
-    kinds_row,
-    rows,
-    scale,
-    KEY_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-    MOVED: tl.constexpr,
-    PRECISE: tl.constexpr,
-):
+    query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+    KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    BITS: tl.constexpr, OTHER_BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, MOVED: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """A span of tokens at one of two numbers of bits: a launch of its own would cost the host more than the GPU."""
+    if OTHER_BITS == BITS:
+        _attend(
+            query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+            KEY_HEADS, WIDTH, CHANNELS, BITS, BLOCK, ROWS, MASKED, MOVED, PRECISE,
+        )  # fmt: skip
+    else:
+        if tl.load(line_of(table, tl.program_id(0)) + 11) == BITS:
+            _attend(
+                query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+                KEY_HEADS, WIDTH, CHANNELS, BITS, BLOCK, ROWS, MASKED, MOVED, PRECISE,
+            )  # fmt: skip
+        else:
+            _attend(
+                query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+                KEY_HEADS, WIDTH, CHANNELS, OTHER_BITS, BLOCK, ROWS, MASKED, MOVED, PRECISE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    query, kinds, table, numbers, partial, first_span, spans, kinds_row, rows, scale,
+    KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, MOVED: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
     span, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     PER_BYTE: tl.constexpr = 8 // BITS
     MIDDLE: tl.constexpr = (2**BITS - 1) / 2
-    CHANNELS: tl.constexpr = BYTES * PER_BYTE
+    BYTES: tl.constexpr = CHANNELS // PER_BYTE
     USED: tl.constexpr = (WIDTH + PER_BYTE - 1) // PER_BYTE
     channel, byte = tl.arange(0, CHANNELS), tl.arange(0, BYTES)
     there = channel < WIDTH

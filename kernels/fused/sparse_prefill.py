@@ -17,9 +17,9 @@ from torch import Tensor
 from lvlm_fix.kernels.fused.launch import (
     LOG2_E,
     capability,
+    cdiv,
     is_hopper,
     padded_width,
-    parts_of,
     precision,
     within_reach,
 )
@@ -180,7 +180,7 @@ def fused_sparse_prefill(
     padded = padded_width(width)
     chosen = configuration(padded, query.dtype, capability(query))
     strides = [stride for x in (query, key, value, out) for stride in x.stride()[:3]]
-    grid = parts_of(tokens, chosen["BLOCK_Q"]), batch * heads
+    grid = cdiv(tokens, chosen["BLOCK_Q"]), batch * heads
     with torch.cuda.device_of(query):
         _sparse_prefill[grid](
             query,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -93,7 +94,8 @@ class ZipVL(Method):
             scores, normalised = scores.masked_fill(same.kept, 0), normalised.masked_fill(same.kept, -1)
         important = important_tokens(scores, normalised, self.tau) | same.always
         important = important if same.key_mask is None else important & same.key_mask
-        return replace(step, important=important, told={"ratios": important.sum(1) / same.lengths})
+        ratios = functools.partial(_ratios, important, same.lengths)
+        return replace(step, important=important, told={"ratios": ratios})
 
     def of_all_layers(self, step: AttentionStep) -> Same:
         """What is the same in all layers of a prefill: each operation costs the host as much as a small layer's."""
@@ -149,3 +151,7 @@ class ZipVL(Method):
         if model not in models:
             raise ValueError(f"ZipVL has no setting for model {model!r}: models are {', '.join(models)}")
         return cls()
+
+
+def _ratios(important: Tensor, lengths: Tensor) -> Tensor:
+    return important.sum(1) / lengths
