@@ -100,7 +100,8 @@ class Slots:
 
             wide = None if moved is None else self.given(moved)
             mask = self.real if self.hides else None
-            self._kinds = moved, slot_kinds(mask, wide, *self.real.shape, self.real.device)
+            rows, keys = self.real.shape
+            self._kinds = moved, slot_kinds(mask, wide, rows, keys, self.real.device)
         return self._kinds[1]
 
 

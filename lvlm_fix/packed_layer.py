@@ -107,9 +107,9 @@ class PackedLayer(CacheLayerMixin):
         old = layer.prompt - window
         layer._shorten(old)
         if old > 0:
-            chosen = [important & real, torch.zeros_like(real) if evict else real > important]
-            chosen, precisions = torch.stack(chosen)[..., :old], (bits, low_bits)
-            layer.groups = PackedGroup.pack(keys, values, chosen, precisions, -layer.prompt)
+            others = torch.zeros_like(real) if evict else real > important
+            chosen = torch.stack([important & real, others])[..., :old]
+            layer.groups = PackedGroup.pack(keys, values, chosen, (bits, low_bits), -layer.prompt)
         return layer
 
     @classmethod
