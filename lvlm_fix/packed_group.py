@@ -77,7 +77,8 @@ class PackedGroup:
             keys, values = keys.masked_fill(without, 0), values.masked_fill(without, 0)
         places = index + first
         places = places if empty is None else places.masked_fill(empty, EMPTY)
-        return cls(*pack(keys, values, bits), places[:, None, :, None])
+        packed_keys, packed_values = pack(keys, values, bits)
+        return cls(packed_keys, packed_values, places[:, None, :, None])
 
     @classmethod
     def of_none(cls, like: Tensor, bits: int) -> PackedGroup:
