@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         room = self._room
         if room is None or not self._fits(after, room[0]):
             assert self.keys is not None and self.values is not None
-            room = self._room = with_room(self.keys, after), with_room(self.values, after)
+            room = self._room = with_room(self.keys, after + ROOM), with_room(self.values, after + ROOM)
         keys, values = room
         keys.narrow(2, held, after - held).copy_(key_states)
         values.narrow(2, held, after - held).copy_(value_states)
@@ -72,8 +72,8 @@ def may_be_written(room: Tensor) -> bool:
 
 
 def with_room(held: Tensor, columns: int) -> Tensor:
-    """A copy of keys (R, H, N, D) as the first of `columns`, N or more, and of ROOM further ones."""
+    """A copy of keys (R, H, N, D) as the first of `columns`, N or more."""
     rows, heads, count, width = held.shape
-    room = held.new_empty(rows, heads, columns + ROOM, width)
+    room = held.new_empty(rows, heads, columns, width)
     room[:, :, :count] = held
     return room

@@ -10,11 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lvlm_fix.growing_layer import ROOM, may_be_written, with_room
+from lvlm_fix.growing_layer import may_be_written, with_room
+
+TAIL_ROOM = 8
+"""Tokens that there is room for: the tail is copied once in so many. Beside packed tokens, room is not cheap."""
 
 
 class TailRoom:
-    """Keys and values (R, H, N, D) and places (R, 1, N, 1) with room for `ROOM` tokens that come one by one.
+    """Keys and values (R, H, N, D) and places (R, 1, N, 1) with room for `TAIL_ROOM` tokens that come one by one.
 
     >>> keys, values = torch.zeros(2, 1, 1, 3, 4)
     >>> room = TailRoom(keys, values, torch.arange(-3, 0, dtype=torch.int32).view(1, 1, 3, 1), appended=0)
@@ -27,9 +30,10 @@ class TailRoom:
         """Copy the tail; `appended` is the place of the token after it."""
         self.held, self._shown = keys.shape[2], keys
         # Tokens to come have places that are known now.
-        ahead = torch.arange(appended, appended + 1 + ROOM, dtype=torch.int32, device=places.device)
+        ahead = torch.arange(appended, appended + TAIL_ROOM, dtype=torch.int32, device=places.device)
         places = torch.cat([places, ahead[:, None].expand(len(places), 1, -1, 1)], dim=2)
-        self.tensors = with_room(keys, self.held + 1), with_room(values, self.held + 1), places
+        columns = self.held + TAIL_ROOM
+        self.tensors = with_room(keys, columns), with_room(values, columns), places
 
     def shows(self, keys: Tensor) -> bool:
         """Whether the keys at hand are those that `append` returned last."""

@@ -146,11 +146,16 @@ def test_zipvls_cache_really_holds_fewer_bytes(embedded, inputs, evict):
 
 
 def tensor_bytes(value) -> int:
-    """Bytes of all tensors that a value holds."""
+    """Bytes of the memory behind all tensors that a value holds; what is behind several counts once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in storages_of(value)}
+    return sum(storages.values())
+
+
+def storages_of(value) -> list[torch.UntypedStorage]:
     if isinstance(value, torch.Tensor):
-        return value.nbytes
+        return [value.untyped_storage()]
     if isinstance(value, dict):
-        return sum(map(tensor_bytes, value.values()))
+        value = list(value.values())
     if isinstance(value, list | tuple):
-        return sum(map(tensor_bytes, value))
-    return tensor_bytes(vars(value)) if hasattr(value, "__dict__") else 0
+        return [storage for part in value for storage in storages_of(part)]
+    return storages_of(vars(value)) if hasattr(value, "__dict__") else []
