@@ -78,7 +78,7 @@ def test_triton_is_left_out_where_it_cannot_run(monkeypatch):
             return 128
 
     def found(capability, hip=None, spec="here"):
-        launch._has_kernels.cache_clear()
+        launch._has_kernels.cache_clear(), launch._capability.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(launch, "find_spec", lambda name: spec)
@@ -88,7 +88,7 @@ def test_triton_is_left_out_where_it_cannot_run(monkeypatch):
     assert not found((7, 5))
     assert not found((9, 4), hip="6.2")
     assert not found((9, 0), spec=None)
-    launch._has_kernels.cache_clear()
+    launch._has_kernels.cache_clear(), launch._capability.cache_clear()
 
 
 @every_dtype
