@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,27 @@ def attend_by(step: AttentionStep, unpadded: bool) -> Tensor:
         first_query=moved.first_query,
         **masked,
     )
+
+
+@contextmanager
+def without_plans(device: torch.device) -> Iterator[None]:
+    """Within, torch's attention on a GPU is another than cuDNN's, if it has one.
+
+    cuDNN plans its attention anew for every number of keys, which takes longer than a large model's whole step, and in
+    decoding every token has another.
+    """
+    backends = torch.backends.cuda
+    chosen = (
+        backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled() and backends.mem_efficient_sdp_enabled()
+    )
+    if device.type != "cuda" or not chosen:
+        yield
+        return
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        backends.enable_cudnn_sdp(True)
 
 
 def widen(mask: Tensor, width: int) -> Tensor:

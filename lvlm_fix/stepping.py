@@ -13,7 +13,7 @@ from lvlm_fix.attention import MethodAttention
 from lvlm_fix.cache import BranchedCache
 from lvlm_fix.compiling import CompiledStep
 from lvlm_fix.decoding import hiding
-from lvlm_fix.dispatch import looked_into
+from lvlm_fix.dispatch import looked_into, without_plans
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
 from lvlm_fix.passes import Pass
@@ -99,13 +99,14 @@ class Stepper:
             start = torch.zeros_like(cache.next_position)
             this = Pass(real, cache.image_mask, start, cache, False, cache.sinks)
             if compiled is not None:
-                return compiled(this, cache, inputs)
+                with without_plans(ids.device):
+                    return compiled(this, cache, inputs)
             context = attention.running(this)
         if since_prompt is not None or not cache.unpadded:
             of_one_token = attention is None and ids.shape[1] == 1 and not cache.slides
             inputs["attention_mask"] = self._mask(real, cache.dtype, of_one_token)
         inputs |= {cache.name: cache}
-        with context, cache.attached():
+        with context, cache.attached(), without_plans(ids.device):
             return self.plain_forward(**inputs)
 
     def _mask(self, real: Tensor, dtype: torch.dtype, of_one_token: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from lvlm_fix import DAMRO, VAR, attach, decoding
 from lvlm_fix.decoding import ROOM, Slots, attend
+from lvlm_fix.dispatch import without_plans
 from lvlm_fix.functional import visual_attention
 from lvlm_fix.kernels import Redistribution
 
@@ -126,3 +127,17 @@ def test_steady_methods_are_asked_once_a_layer(random_llava, monkeypatch, ask, s
     assert asked == {True: layers, False: layers * 11}
     plain = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
     assert not torch.allclose(said[True], torch.stack(plain.logits), atol=1e-3)
+
+
+def test_a_step_on_a_gpu_is_not_planned_by_cudnn_and_leaves_it_as_it_was():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    assert enabled()
+    with without_plans(torch.device("cpu")):
+        assert enabled()
+    with pytest.raises(KeyError), without_plans(torch.device("cuda")):
+        assert not enabled()
+        raise KeyError
+    assert enabled()
+    nothing_else = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+    with nothing_else, without_plans(torch.device("cuda")):
+        assert enabled()
