@@ -5,17 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from lvlm_fix.branches import Branch, in_images, pad_left, stacked_layer, stacked_sinks
 from lvlm_fix.decoding import Slots
 from lvlm_fix.errors import PromptError, UnsupportedModelError
-from lvlm_fix.growing_layer import GrowingLayer
 from lvlm_fix.packed_layer import PackedLayer
 
 NAMES = ("cache", "past_key_values")
@@ -37,25 +35,6 @@ def cache_name(generator: Any) -> str:
         f"{type(generator).__name__} takes no KV cache that lvlm-fix knows: it assumes that transformers calls it "
         f"{' or '.join(NAMES)}"
     )
-
-
-@dataclass
-class Branch:
-    """A prefilled branch of R rows and T columns: its cache, and what later steps must know of its prompt.
-
-    Attributes:
-        cache: keys and values of its T columns.
-        real: (R, T) bool, columns that are no padding.
-        next_position: (R,) position of the token after the prompt.
-        image_mask: (R, T) bool, image tokens.
-        sinks: by decoder layer, (R, T) bool sink tokens; only layers that have some.
-    """
-
-    cache: Cache
-    real: Tensor
-    next_position: Tensor
-    image_mask: Tensor
-    sinks: dict[int, Tensor] = field(default_factory=dict)
 
 
 class BranchedCache(Cache):
@@ -88,17 +67,17 @@ class BranchedCache(Cache):
         """
         width = max(branch.real.shape[1] for branch in branches)
         layers = [list(branch.cache.layers) for branch in branches]
-        super().__init__(layers=[_stacked(list(parts), width) for parts in zip(*layers, strict=True)])
+        super().__init__(layers=[stacked_layer(list(parts), width) for parts in zip(*layers, strict=True)])
         self.branches, self.full_length, self.width = len(branches), full_length, width
         self.is_attached = False
-        self.mask = torch.cat([_pad_left(branch.real, width, dim=1) for branch in branches])
-        self.image_mask = torch.cat([_pad_left(branch.image_mask, width, dim=1) for branch in branches])
+        self.mask = torch.cat([pad_left(branch.real, width, dim=1) for branch in branches])
+        self.image_mask = torch.cat([pad_left(branch.image_mask, width, dim=1) for branch in branches])
         self.next_position = torch.cat([branch.next_position for branch in branches])
         self.unpadded = bool(self.mask.all())
         self.slides = any(getattr(layer, "is_sliding", False) for layer in self.layers)
         found = sorted({layer for branch in branches for layer in branch.sinks})
-        stacked = {layer: _stacked_sinks(branches, layer, width) for layer in found}
-        self.sinks = _in_images(stacked, self.image_mask)
+        stacked = {layer: stacked_sinks(branches, layer, width) for layer in found}
+        self.sinks = in_images(stacked, self.image_mask)
         self._slots: dict[Any, tuple[int, Slots]] = {}
         self.methods, self.name = methods, name
         self.apart = [BranchedCache([branch], full_length, methods, name) for branch in apart]
@@ -259,50 +238,6 @@ class OutOfSight(Cache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         return 1, 0
-
-
-def _stacked(parts: list[Any], width: int) -> Any:
-    """One layer of all branches, of which the longest has `width` columns."""
-    layer = parts[0]
-    if len(parts) > 1 and isinstance(layer, PackedLayer):
-        return PackedLayer.stack(parts)
-    if len(parts) > 1:
-        layer = copy(layer)  # the first may be in a cache of the caller's
-        held = max(part.keys.shape[2] for part in parts)
-        layer.keys = torch.cat([_pad_left(part.keys, held, dim=2) for part in parts])
-        layer.values = torch.cat([_pad_left(part.values, held, dim=2) for part in parts])
-        if layer.is_sliding:  # it holds the newest columns alone, and counts all
-            layer.cumulative_length = width
-    # Of transformers' own kinds only the one without a window: others decide by themselves what they hold.
-    return GrowingLayer.over(layer) if type(layer) is DynamicLayer else layer
-
-
-def _stacked_sinks(branches: list[Branch], layer: int, width: int) -> Tensor:
-    """Sinks (rows of all branches, width) of a layer that has some in at least one branch."""
-    found = [branch.sinks.get(layer) for branch in branches]
-    # Layers may be on several devices, and the masks of the prompt on yet another.
-    place = next(sinks.device for sinks in found if sinks is not None)
-    masks = [
-        torch.zeros_like(branch.real, device=place) if sinks is None else sinks
-        for branch, sinks in zip(branches, found, strict=True)
-    ]
-    return torch.cat([_pad_left(mask, width, dim=1) for mask in masks])
-
-
-def _in_images(sinks: dict[int, Tensor], image_mask: Tensor) -> dict[int, Tensor]:
-    """Those layers' sinks (R, T) of which some are in an image: VAR leaves other layers alone."""
-    found = [(mask & image_mask.to(mask.device)).any().to(image_mask.device) for mask in sinks.values()]
-    told = torch.stack(found).tolist() if found else []
-    return {layer: mask for (layer, mask), is_told in zip(sinks.items(), told, strict=True) if is_told}
-
-
-def _pad_left(tensor: Tensor, width: int, dim: int) -> Tensor:
-    missing = width - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
 
 
 def _pad_right(mask: Tensor, width: int) -> Tensor:

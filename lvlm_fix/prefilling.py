@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from lvlm_fix.attention import MethodAttention
-from lvlm_fix.cache import Branch, OutOfSight
+from lvlm_fix.branches import Branch
+from lvlm_fix.cache import OutOfSight
 from lvlm_fix.dispatch import is_plain, looked_into
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import DynamicCache, LlavaForConditionalGeneration, MistralConfig
 
 from lvlm_fix import DAMRO, VAR, VTCCLS, UnsupportedModelError, ZipVL, attach
-from lvlm_fix.cache import Branch, _stacked_sinks
+from lvlm_fix.branches import Branch, stacked_sinks
 from lvlm_fix.dispatch import refuse_what_is_not_plain_attention
 from lvlm_fix.methods import AttentionStep
 from lvlm_fix.reporting import Report
@@ -144,7 +144,7 @@ def test_sinks_of_branches_are_put_together_where_they_are():
             Branch(DynamicCache(), real, real.sum(1), real),
             Branch(DynamicCache(), wide, wide.sum(1), wide, {3: sinks}),
         ]
-        stacked = _stacked_sinks(branches, 3, 7)
+        stacked = stacked_sinks(branches, 3, 7)
         assert stacked.shape == (4, 7) and stacked.device == elsewhere
 
 
