@@ -27,7 +27,7 @@ pytestmark = [
 def placed(embedded, prompts):  # noqa: F811
     if not GPU:
         return embedded[0], prompts
-    return deepcopy(embedded[0]).cuda(), prompts.to("cuda")
+    return deepcopy(embedded[0]).cuda(), deepcopy(prompts).to("cuda")
 
 
 @pytest.fixture(autouse=True)
