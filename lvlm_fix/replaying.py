@@ -77,8 +77,9 @@ class Recording:
                     self.graphs[-1].capture_end()
                 if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
                     raise
+                why = str(error).partition("\n")[0]  # CUDA says where to look it up, too
                 raise UnsupportedModelError(
-                    f"compile=True cannot record this model's decoding step as CUDA graphs ({error}): leave it out"
+                    f"compile=True cannot record this model's decoding step as CUDA graphs ({why}): leave it out"
                 ) from error
 
     def stop(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

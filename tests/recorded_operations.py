@@ -38,7 +38,9 @@ class RecordedOperations(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if str(function.overloadpacket).removeprefix("aten.") in ("item", "_local_scalar_dense", "nonzero"):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError(
+                "operation not permitted when stream is capturing\nSearch for it in the documentation."
+            )
         output = function(*args, **(kwargs or {}))
         given = {
             x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)
