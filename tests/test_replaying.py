@@ -13,9 +13,8 @@ from on_device import GPU
 from recorded_operations import stand_in
 from test_compiling import CONTRAST, FIXES, OPTIONS, PACK, prompts, say  # noqa: F401
 
-from lvlm_fix import UnsupportedModelError, attach
+from lvlm_fix import UnsupportedModelError, attach, replaying
 from lvlm_fix.attention import MethodAttention
-from lvlm_fix.replaying import MOST
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:damro with vtc_cls"),
@@ -104,14 +103,16 @@ def test_hooks_are_called_in_every_step(placed):
 
 
 @torch.inference_mode()
-def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures):
+def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures, monkeypatch):
     model = placed[0]
+    monkeypatch.setattr(replaying, "MOST", 2)
     with attach(model, CONTRAST, compile=True) as fix:
-        for rows in range(1, MOST + 3):
+        for rows in (1, 2, 3):
             inputs = ask(embedded[1], *[([sample_pictures["kitchen"]], "Is there a fork?")] * rows)
-            model.generate(**inputs.to(model.device), max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        recordings = fix.pipeline.step.compiled.recordings
-        assert len(recordings) == MOST
+            model.generate(**inputs.to(model.device), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        kept = list(fix.pipeline.step.compiled.recordings.values())
+        # Each row has a negative one beside it.
+        assert [len(recording.given["input_ids"]) for recording in kept] == [4, 6]
 
 
 @torch.inference_mode()
