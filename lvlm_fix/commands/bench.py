@@ -37,7 +37,7 @@ def bench(
     ] = False,
     compile_plain: Annotated[
         bool,
-        typer.Option(help="Compiled plain: torch.compile over a static KV cache, minutes for a 7B model."),
+        typer.Option(help="Whether --compile includes plain, by torch.compile over a static KV cache."),
     ] = True,
     peer: Annotated[
         str | None, typer.Option(help="mitigv: its VCD, M3ID and ICD, one picture, natural prompt.")
