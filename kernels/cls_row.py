@@ -61,34 +61,39 @@ def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     return rows_of_layers([query], [key])[0]
 
 
-def rows_of_layers(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int | None = None
-) -> Sequence[Tensor]:
-    """`cls_row` on torch, unchecked: (B, N) of each layer's CLS query (B, H, 1, D) and key (B, H, N + 1, D).
+@torch.no_grad()
+def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int | None = None) -> Tensor:
+    """`cls_row` on torch, unchecked: (L, B, N) of layers' queries (B, H, Q, D), CLS first, and keys (B, H, N + 1, D).
 
     Behind those, if asked for, the row over the full width of layer number `whole` of these: its product is the sum of
     its heads' products.
     """
     images, heads, tokens = keys[0].shape[:3]
-    logits = [_logits(query, key) for query, key in zip(queries, keys, strict=True)]
-    together = torch.cat(logits) if len(logits) > 1 else logits[0]
-    weights = together.softmax(-1)
-    rows = (weights.mean(1) if heads > 1 else weights[:, 0])[:, 1:]
-    found = rows.view(-1, images, tokens - 1).unbind() if len(keys) > 1 else (rows,)
-    if whole is None:
-        return found
-    return *found, (logits[whole].sum(1) * heads**-0.5).softmax(-1)[:, 1:]
+    # Into one buffer, and by products throughout: beside a small tower each operation counts, and one that ran just
+    # before counts a third of one whose code is not at hand.
+    logits = wide(keys[0]).new_empty(len(keys) + (whole is not None), images, heads, tokens)
+    for query, key, products in zip(queries, keys, logits.unbind(), strict=False):
+        _multiply(query, key, products)
+    ones = logits.new_ones(1, heads, heads)
+    if whole is not None:  # in the place of each head, so that their mean is the row
+        torch.baddbmm(
+            logits[-1], ones.expand(images, -1, -1), logits[whole], beta=0, alpha=heads**-0.5, out=logits[-1]
+        )
+    weights = logits.softmax(-1).flatten(0, 1)
+    if heads > 1:
+        mean = weights.new_empty(len(weights), 1, tokens)
+        ones = ones[:, :1].expand(len(weights), -1, -1)
+        weights = torch.baddbmm(mean, ones, weights, beta=0, alpha=1 / heads, out=mean)
+    return weights.view(-1, images, tokens)[:, :, 1:]
 
 
-def _logits(query: Tensor, key: Tensor) -> Tensor:
-    """Scaled products (B, H, N + 1) of one layer."""
-    asking, asked, scale = wide(query), wide(key), query.shape[-1] ** -0.5
+def _multiply(query: Tensor, key: Tensor, products: Tensor) -> None:
+    """Write the scaled products (B, H, N + 1) of one layer."""
     if key.shape[0] > 1 and key.shape[1] > 1:
-        by_head = torch.diag_embed(asking[:, :, 0].mT * scale, dim1=1, dim2=3).flatten(1, 2)
-        return (asked.transpose(1, 2).flatten(2) @ by_head).mT
-    # Heads, or images, are the one batch dimension, which can be walked without a copy. One operation that scales, not
-    # `@`, which makes of it seven: beside a small tower each counts.
-    nothing = asked.new_empty(1)
-    if key.shape[0] == 1:
-        return torch.baddbmm(nothing, asking[0], asked[0].mT, beta=0, alpha=scale).transpose(0, 1)
-    return torch.baddbmm(nothing, asking[:, 0], asked[:, 0].mT, beta=0, alpha=scale)
+        by_head = torch.diag_embed(wide(query[:, :, 0]).mT * key.shape[-1] ** -0.5, dim1=1, dim2=2).flatten(2)
+        torch.bmm(by_head, wide(key).transpose(1, 2).flatten(2).mT, out=products)
+        return
+    # Heads, or images, are the one batch dimension, which can be walked without a copy.
+    asking, asked = (query[0, :, :1], key[0]) if key.shape[0] == 1 else (query[:, 0, :1], key[:, 0])
+    one = products.view(-1, 1, products.shape[-1])
+    torch.baddbmm(one, wide(asking), wide(asked).mT, beta=0, alpha=key.shape[-1] ** -0.5, out=one)

@@ -91,6 +91,7 @@ class ImageEncoder:
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, whose result `generate` hands on to the prefill."""
         inputs = dict(zip(self.signature.parameters, args, strict=False)) | kwargs
+        self.known.clear()  # the tower has use for its memory
         if self.recorder is not None:
             self.recorder.clear()
         # Who asks for more than the features gets all of the tower.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,9 +50,10 @@ class TowerRecorder:
         self.by_head = {layer for method in scoring for layer in method.scored_layers(self.count)}
         asked = not self.by_head or any(method.reads_feature_scores for method in scoring)
         self.full_width = asked and family.has_cls and family.full_width
-        self.by_head |= {self.feature_layer} if asked and not self.full_width else set()
+        # Where no row over the full width is read, the feature layer's mean over heads stands in its place too.
+        self.doubled = {self.feature_layer} if asked and not self.full_width else set()
+        self.by_head |= self.doubled
         self.read = self.by_head | ({self.count} if self.full_width else set())
-        self.feature_row = (self.count if self.full_width else self.feature_layer) if asked else None
         watched = self.by_head | ({self.feature_layer} if self.full_width else set())
         self.index = {id(layers[layer]): layer for layer in watched}
         self.interception = Interception([layers[layer] for layer in self.index.values()], self._attend)
@@ -74,8 +75,9 @@ class TowerRecorder:
     def clear(self) -> None:
         self.pooled: list[Tensor] = []
         self.waiting: list[tuple[int, Tensor, Tensor]] = []
-        # Rows (B, N) by layer, `count` standing for the one over the full width; one for each call of the tower.
-        self.rows: defaultdict[int, list[Tensor]] = defaultdict(list)
+        # Of each call of the tower, (B, L + 1, N): `count` is the number of the row over the full width.
+        self.tables: list[Tensor] = []
+        self.noted: Counter[int] = Counter()  # how many of the calls a layer's row is there of
 
     def _attend(
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
@@ -85,14 +87,14 @@ class TowerRecorder:
             self._wait(layer, query, key)
         else:
             mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            self.rows[layer].append(_received(query, key, mask))
+            self._note([layer], _received(query, key, mask)[None])
         return proceed(module, query, key, *args, **kwargs)
 
     def _wait(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Keep a layer's query and key (B, H, N + 1, D) until several are read together."""
         if self.waiting:
             first = self.waiting[0][-1]
-            if (first.shape, first.device) != (key.shape, key.device):
+            if first.shape != key.shape or first.device != key.device:
                 self._read()
         self.waiting.append((layer, query, key))
         if 2 * (len(self.waiting) + 1) * key.nbytes > (WAITING_ON_GPU if key.is_cuda else WAITING):
@@ -100,26 +102,34 @@ class TowerRecorder:
 
     def _read(self) -> None:
         """The CLS rows of the layers that wait."""
-        waiting = [(layer, query[:, :, :1], key) for layer, query, key in self.waiting]
-        self.waiting.clear()
+        waiting, self.waiting = self.waiting, []
         by_head = [one for one in waiting if one[0] in self.by_head]
         feature = [one for one in waiting if self.full_width and one[0] == self.feature_layer]
         numbers, whole = [layer for layer, *_ in by_head], None
-        if feature and self.feature_layer in numbers and not fits(feature[0][2]):
+        if len(feature) == 1 and self.feature_layer in numbers and not fits(feature[0][2]):
             whole = numbers.index(self.feature_layer)
             numbers.append(self.count)
             feature.clear()
         if by_head:
-            self._note(numbers, [one[1:] for one in by_head], whole)
+            self._note(numbers, _rows([one[1] for one in by_head], [one[2] for one in by_head], whole))
         if feature:
-            self._note([self.count], [tuple(map(_as_one_head, one[1:])) for one in feature])
+            queries = [_as_one_head(query[:, :, :1]) for _, query, _ in feature]
+            self._note(
+                [self.count] * len(feature), _rows(queries, [_as_one_head(key) for *_, key in feature])
+            )
 
-    def _note(self, numbers: list[int], layers: list[tuple[Tensor, ...]], whole: int | None = None) -> None:
-        """Keep the rows of layers of queries and keys, see `rows_of_layers`, under their numbers."""
-        queries, keys = zip(*layers, strict=True)
-        rows = _in_one_launch(queries, keys) if fits(keys[0]) else rows_of_layers(queries, keys, whole)
-        for number, row in zip(numbers, rows, strict=True):
-            self.rows[number].append(row)
+    def _note(self, layers: list[int], rows: Tensor) -> None:
+        """Put rows (R, B, N) of layers where they belong, in the tables of the calls of the tower."""
+        start = 0
+        for stop, layer in enumerate(layers, 1):
+            if stop < len(layers) and layers[stop] == layer + 1:
+                continue
+            first = layers[start]  # of those that follow each other, which one copy moves
+            if self.noted[first] == len(self.tables):
+                self.tables.append(rows.new_full((rows.shape[1], self.count + 1, rows.shape[2]), torch.nan))
+            self.tables[self.noted[first]][:, first : layer + 1] = rows[start:stop].transpose(0, 1)
+            self.noted.update(layers[start:stop])
+            start = stop
 
     def _pool(self, module: nn.MultiheadAttention, args: tuple[Tensor, ...]) -> None:
         self.pooled.extend(_pooled(module, *args[:2]))
@@ -134,21 +144,18 @@ class TowerRecorder:
             self.clear()
             return found
         self._read()
-        calls = {len(rows) for rows in self.rows.values()}
-        if self.rows.keys() != self.read or len(calls) > 1:
+        if not self.tables or any(self.noted[layer] != len(self.tables) for layer in self.read):
             raise RuntimeError(
                 "the vision tower's layers were not all seen: lvlm-fix assumes that each calls transformers' attention "
                 "interface once for each crop"
             )
-        tables: list[Tensor] = []
-        for call in range(calls.pop()):
-            rows = {index: rows[call] for index, rows in self.rows.items()}
-            unread = torch.full_like(next(iter(rows.values())), torch.nan)
-            table = [rows.get(layer, unread) for layer in (*range(self.count), self.feature_row)]
-            # To iterate over a tensor costs ten times its `unbind`.
-            tables += torch.stack(table, 1).detach().unbind()
+        for table in self.tables:
+            for layer in self.doubled:
+                table[:, self.count] = table[:, layer]
+        # To iterate over a tensor costs ten times its `unbind`.
+        found = [crop for table in self.tables for crop in table.unbind()]
         self.clear()
-        return tables
+        return found
 
 
 def _as_one_head(x: Tensor) -> Tensor:
@@ -158,13 +165,16 @@ def _as_one_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(len(x), 1, x.shape[2], -1)
 
 
-def _in_one_launch(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Sequence[Tensor]:
-    """CLS rows (B, N) of queries (B, H, 1, D) and keys (B, H, N + 1, D)."""
-    by_token = ([x.transpose(1, 2) for x in of] for of in (queries, keys))
+def _rows(queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int | None = None) -> Tensor:
+    """See `rows_of_layers`; on a GPU in one launch, without the row of a whole layer."""
+    if not fits(keys[0]):
+        return rows_of_layers(queries, keys, whole)
+    by_token = ([x[:, :, :1].transpose(1, 2) for x in queries], [x.transpose(1, 2) for x in keys])
     query, key = ((torch.cat(of) if len(of) > 1 else of[0]).flatten(2) for of in by_token)
-    return cls_row(query, key, keys[0].shape[1]).split(len(keys[0]))
+    return cls_row(query, key, keys[0].shape[1]).unflatten(0, (len(keys), -1))
 
 
+@torch.no_grad()
 def _received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """Attention (B, N) that each patch gets, as the mean over heads and evenly spaced query rows."""
     patches = query.shape[2]
@@ -176,6 +186,7 @@ def _received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return logits.softmax(-1).nan_to_num().mean((1, 2))
 
 
+@torch.no_grad()
 def _pooled(module: nn.MultiheadAttention, query: Tensor, patches: Tensor) -> Tensor:
     """Attention (B, N) that one query (B, 1, C) gives each of the patches (B, N, C), mean over heads."""
     width = module.embed_dim

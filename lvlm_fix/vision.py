@@ -31,4 +31,5 @@ class VisionEncoding:
     @classmethod
     def unread(cls, tokens: int) -> VisionEncoding:
         """Of an image whose scores no method asks for."""
-        return cls(torch.zeros(0, tokens), torch.zeros(tokens), (1, tokens), source="not read")
+        nothing = torch.zeros(1, tokens)
+        return cls(nothing[:0], nothing[0], (1, tokens), source="not read")

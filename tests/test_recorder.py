@@ -30,7 +30,10 @@ def projections(tower, pixels, layers):
     [(DAMRO(),), (VTCCLS(start_layer=-3),), (VTCCLS(start_layer=-3), DAMRO())],
     ids=["damro", "vtc_cls", "both"],
 )
-def test_a_tower_called_in_parts_gives_the_scores_of_full_attention(embedded, monkeypatch, waiting, methods):
+@pytest.mark.parametrize("parts", [[1, 2], [1, 1, 1]], ids=["unlike", "alike"])
+def test_a_tower_called_in_parts_gives_the_scores_of_full_attention(
+    embedded, monkeypatch, waiting, methods, parts
+):
     monkeypatch.setattr(recorder, "WAITING", waiting)
     model, _ = embedded
     family, tower = family_of(model), model.base_model.vision_tower
@@ -44,7 +47,7 @@ def test_a_tower_called_in_parts_gives_the_scores_of_full_attention(embedded, mo
         watching = TowerRecorder(model, family, methods)
         watching.install()
         try:
-            for part in pixels.split([1, 2]):
+            for part in pixels.split(parts):
                 tower(part)
             crops = watching.crops()
         finally:

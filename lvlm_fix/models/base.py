@@ -65,7 +65,8 @@ class Family(ABC):
 
     def features(self, encoded: Any) -> list[Tensor]:
         """Projected image tokens, one (N, C) tensor an image, from what `get_image_features` returned."""
-        return list(getattr(encoded, "pooler_output", encoded))
+        features = getattr(encoded, "pooler_output", encoded)
+        return features if isinstance(features, list) else list(features)
 
     def images(self, features: list[Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:
         """The entries of `features` joined to images, where this version of transformers gives smaller ones."""
@@ -73,10 +74,11 @@ class Family(ABC):
 
     def with_features(self, encoded: Any, features: list[Tensor]) -> Any:
         """`encoded` handing on these very tensors, by whose identity the prefill knows its images."""
-        if hasattr(encoded, "pooler_output"):
+        if not hasattr(encoded, "pooler_output"):
+            return features
+        if encoded.pooler_output is not features:
             encoded.pooler_output = features
-            return encoded
-        return features
+        return encoded
 
     def pixels(self, model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
         """The crops (3, H, W) that went through the tower, from the arguments of `get_image_features`."""

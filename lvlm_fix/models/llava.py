@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family, layer_from, one_feature_layer
@@ -38,6 +40,11 @@ class Llava(Family):
         layers = [module for module in tower.modules() if hasattr(module, "self_attn")]
         hidden_states = [taken] if isinstance(taken, int) else list(taken)
         return layers[max(layer_from(one, len(layers)) for one in hidden_states) + 1 :]
+
+    def maps(self, model: Any, rows: list[Tensor], inputs: Mapping[str, Any]) -> list[Tensor]:
+        """A token a patch, so that nothing need be asked of the configuration or counted in the pixels."""
+        side = math.isqrt(rows[0].shape[-1])
+        return [scores.view(-1, side, side) for scores in rows]
 
     def image_token_id(self, model: Any) -> int:
         return model.config.image_token_id
