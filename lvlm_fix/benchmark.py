@@ -19,13 +19,14 @@ from lvlm_fix.attachment import Attachment
 from lvlm_fix.cache import NAMES
 from lvlm_fix.encoding import skipping
 from lvlm_fix.methods import Method
+from lvlm_fix.methods.zipvl import ZipVL
 from lvlm_fix.models import family_of
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu` counts the seconds that this process was given: on a machine that others use, wall time also counts theirs."""
 
-PICTURES = 10
-"""How often one attachment sees the picture while the tower is timed: whoever serves a model attaches once."""
+PICTURES = 3
+"""Of one turn, behind one that warms up: whoever serves a model attaches once. A few, as machines drift within ten."""
 
 Generate = Callable[..., Any]
 """Called as (new_tokens, streamer); returns what `generate` does: `sequences`, and the KV cache by one of its names."""
@@ -223,7 +224,8 @@ def encoding(
     """What a picture's way through vision tower and projector costs under methods: medians and quartiles.
 
     `ratio` is to plain. `scoring` is the share of the plain time that reading CLS scores takes: attached, less the
-    same model without its unread layers, which attaching leaves out as well.
+    same attached with a method that reads none. `attaching` is what that one takes above the model without its unread
+    layers, which attaching leaves out.
     """
     family = family_of(model)
     encoder, unread = family.encoder(model), family.unread_layers(model)
@@ -235,6 +237,7 @@ def encoding(
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "plain": nullcontext,
         "shortened": functools.partial(skipping, unread),
+        "unscored": functools.partial(Attachment, model, (ZipVL(),)),
         "attached": functools.partial(Attachment, model, methods),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -243,18 +246,27 @@ def encoding(
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 with ways[name]():
-                    encoder.get_image_features(**own)
-                    _wait(model.device)
-                    start = CLOCKS[clock]()
-                    for _ in range(PICTURES):
-                        encoder.get_image_features(**own)
-                        _wait(model.device)
-                    times[name].append(CLOCKS[clock]() - start)
+                    times[name].append(
+                        _encode(functools.partial(encoder.get_image_features, **own), model, clock)
+                    )
     rounds_of = list(zip(*times.values(), strict=True))
     return {
-        "ratio": spread([attached / plain for plain, _, attached in rounds_of]),
-        "scoring": spread([(attached - shortened) / plain for plain, shortened, attached in rounds_of]),
+        "ratio": spread([attached / plain for plain, _, _, attached in rounds_of]),
+        "scoring": spread([(attached - unscored) / plain for plain, _, unscored, attached in rounds_of]),
+        "attaching": spread([(unscored - short) / plain for plain, short, unscored, _ in rounds_of]),
     }
+
+
+def _encode(encode: Callable[[], Any], model: Any, clock: str) -> float:
+    """Seconds to encode a picture, the median of `PICTURES`."""
+    times = []
+    for _ in range(PICTURES + 1):
+        _wait(model.device)
+        start = CLOCKS[clock]()
+        encode()
+        _wait(model.device)
+        times.append(CLOCKS[clock]() - start)
+    return statistics.median(times[1:])
 
 
 def _wait(device: torch.device) -> None:

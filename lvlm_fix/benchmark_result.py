@@ -87,7 +87,7 @@ def measured(
                 warnings.simplefilter("ignore", PremiseWarning)
                 runs = compete(contestants, new_tokens, rounds, clock, model.device)
                 encodings = {
-                    name: encoding(model, inputs, methods, 2 * rounds, clock)
+                    name: encoding(model, inputs, methods, 6 * rounds, clock)
                     for name, methods in scored.items()
                 }
             cases.append(

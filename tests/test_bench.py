@@ -164,13 +164,14 @@ def test_command_writes_numbers_and_a_picture(monkeypatch, capfd, tmp_path: Path
     ]
     code, out, err = typed(monkeypatch, capfd, *words, "--reference", "--json", told, "--plot", drawn)
     assert code == 0, err
-    assert "CLS scoring" in out and "batch of 2" in out
+    assert "CLS scoring" in out and "attaching takes" in out and "batch of 2" in out
     result = json.loads(told.read_text())
     assert [case["batch_size"] for case in result["cases"]] == [1, 2]
     for case in result["cases"]:
         assert list(case["settings"]) == ["plain", "damro", "reference: damro"]
         assert case["settings"]["damro"]["kv_bytes"] > case["settings"]["plain"]["kv_bytes"]
         assert list(case["encoding"]) == ["damro"]
+        assert list(case["encoding"]["damro"]) == ["ratio", "scoring", "attaching"]
         for spread in case["encoding"]["damro"].values():
             assert spread["low"] <= spread["median"] <= spread["high"]
         assert case["encoding"]["damro"]["ratio"]["low"] > 0
