@@ -61,12 +61,11 @@ def _cls_row(query: Tensor, key: Tensor, num_heads: int) -> Tensor:
     return rows_of_layers([query], [key])[0]
 
 
-@torch.no_grad()
 def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int | None = None) -> Tensor:
     """`cls_row` on torch, unchecked: (L, B, N) of layers' queries (B, H, Q, D), CLS first, and keys (B, H, N + 1, D).
 
     Behind those, if asked for, the row over the full width of layer number `whole` of these: its product is the sum of
-    its heads' products.
+    its heads' products. None may require a gradient.
     """
     images, heads, tokens = keys[0].shape[:3]
     # Into one buffer, and by products throughout: beside a small tower each operation counts, and one that ran just

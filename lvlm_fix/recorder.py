@@ -92,6 +92,8 @@ class TowerRecorder:
 
     def _wait(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Keep a layer's query and key (B, H, N + 1, D) until several are read together."""
+        if query.requires_grad or key.requires_grad:  # no gradient flows through scores
+            query, key = query.detach(), key.detach()
         if self.waiting:
             first = self.waiting[0][-1]
             if first.shape != key.shape or first.device != key.device:

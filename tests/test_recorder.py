@@ -72,3 +72,23 @@ def test_a_tower_that_was_not_seen_whole_is_told(embedded):
     watching = TowerRecorder(model, family_of(model), (DAMRO(),))
     with pytest.raises(RuntimeError, match="layers were not all seen"):
         watching.crops()
+
+
+@pytest.mark.parametrize(
+    "methods", [(DAMRO(),), (VTCCLS(),), (VTCCLS(), DAMRO())], ids=["damro", "vtc", "both"]
+)
+def test_scores_have_no_gradient_and_the_tower_keeps_its_own(embedded, methods):
+    model, _ = embedded
+    tower, size = model.base_model.vision_tower, model.config.vision_config.image_size
+    watching, found = TowerRecorder(model, family_of(model), methods), []
+    pixels = torch.rand(2, 3, size, size)
+    watching.install()
+    try:
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert tower(pixels).last_hidden_state.requires_grad == (mode is torch.enable_grad)
+                found.append(torch.stack(watching.crops()))
+    finally:
+        watching.remove()
+    assert not found[0].requires_grad
+    torch.testing.assert_close(*found, equal_nan=True, rtol=0, atol=0)
