@@ -68,29 +68,28 @@ def rows_of_layers(queries: Sequence[Tensor], keys: Sequence[Tensor], whole: int
     its heads' products. None may require a gradient.
     """
     images, heads, tokens = keys[0].shape[:3]
-    # Into one buffer, and by products throughout: beside a small tower each operation counts, and one that ran just
-    # before counts a third of one whose code is not at hand.
     logits = wide(keys[0]).new_empty(len(keys) + (whole is not None), images, heads, tokens)
     for query, key, products in zip(queries, keys, logits.unbind(), strict=False):
         _multiply(query, key, products)
     ones = logits.new_ones(1, heads, heads)
     if whole is not None:  # in the place of each head, so that their mean is the row
-        torch.baddbmm(
-            logits[-1], ones.expand(images, -1, -1), logits[whole], beta=0, alpha=heads**-0.5, out=logits[-1]
-        )
-    weights = logits.softmax(-1).flatten(0, 1)
-    if heads > 1:
-        mean = weights.new_empty(len(weights), 1, tokens)
-        ones = ones[:, :1].expand(len(weights), -1, -1)
-        weights = torch.baddbmm(mean, ones, weights, beta=0, alpha=1 / heads, out=mean)
-    return weights.view(-1, images, tokens)[:, :, 1:]
+        heads_of, place = logits[whole], logits[-1]
+        torch.baddbmm(place, ones.expand(images, -1, -1), heads_of, beta=0, alpha=heads**-0.5, out=place)
+    weights = logits.softmax(-1)
+    if images > 1 or heads == 1:
+        return weights.mean(2)[..., 1:]
+    # Beside a small tower an operation counts by the code that it fetches anew: that of `mean` costs three times what
+    # one more product does.
+    mean = weights.new_empty(len(weights), 1, tokens)
+    ones = ones[:, :1].expand(len(weights), -1, -1)
+    return torch.baddbmm(mean, ones, weights[:, 0], beta=0, alpha=1 / heads, out=mean)[..., 1:]
 
 
 def _multiply(query: Tensor, key: Tensor, products: Tensor) -> None:
     """Write the scaled products (B, H, N + 1) of one layer."""
     if key.shape[0] > 1 and key.shape[1] > 1:
-        by_head = torch.diag_embed(wide(query[:, :, 0]).mT * key.shape[-1] ** -0.5, dim1=1, dim2=2).flatten(2)
-        torch.bmm(by_head, wide(key).transpose(1, 2).flatten(2).mT, out=products)
+        by_head = torch.diag_embed(wide(query[:, :, 0]).mT * key.shape[-1] ** -0.5, dim1=1, dim2=3)
+        products.copy_((wide(key).transpose(1, 2).flatten(2) @ by_head.flatten(1, 2)).mT)
         return
     # Heads, or images, are the one batch dimension, which can be walked without a copy.
     asking, asked = (query[0, :, :1], key[0]) if key.shape[0] == 1 else (query[:, 0, :1], key[:, 0])
