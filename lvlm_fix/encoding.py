@@ -141,7 +141,7 @@ class ImageEncoder:
             name: value[::beams].contiguous() if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        left = self.family.features(self.get_image_features(**once))
+        left = list(self.family.features(self.get_image_features(**once)))
         features = []
         for count in is_image[::beams].sum(1).tolist():
             own: list[Tensor] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lvlm_fix import DAMRO, VAR, VTCCLS, attach
+from lvlm_fix import DAMRO, VAR, VTCCLS, attach, encoding
+from lvlm_fix.encoding import ImageEncoder
 from lvlm_fix.models import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::lvlm_fix.PremiseWarning")
@@ -118,3 +119,22 @@ def test_layers_that_are_joined_are_all_run(embedded):
             assert len(family_of(model).unread_layers(model)) == left
     finally:
         model.config.vision_feature_layer = taken
+
+
+def test_pictures_repeated_for_beams_leave_what_was_encoded_whole(monkeypatch, llava, sample_pictures, ask):
+    """As transformers before 5.24 hand them on: the encoder's own result must not be used up by dealing them out."""
+    model, processor = llava
+    inputs = ask(processor, ([sample_pictures["kitchen"], sample_pictures["street"]], "What is it?"))
+    beams = {"input_ids": inputs["input_ids"].repeat(2, 1)}
+    beams["pixel_values"] = inputs["pixel_values"].repeat_interleave(2, 0)
+    results, encode = [], ImageEncoder.get_image_features
+
+    def watched(self, *args, **kwargs):
+        results.append(encode(self, *args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(encoding, "REPEATS_PICTURES", True)
+    monkeypatch.setattr(ImageEncoder, "get_image_features", watched)
+    with attach(model, VTCCLS(keep=9, start_layer=-2)), torch.no_grad():
+        model(**beams)
+    assert [len(result.pooler_output) for result in results] == [2]
