@@ -50,11 +50,14 @@ class MethodAttention:
             self.remove()
 
     @contextmanager
-    def running(self, *passes: Pass) -> Iterator[None]:
-        """Within, the decoder's layers attend as the methods say: in one pass, or in prefills of several branches."""
+    def running(self, *passes: Pass, watching: bool = True) -> Iterator[None]:
+        """Within, the decoder's layers attend as the methods say: in one pass, or in prefills of several branches.
+
+        Without `watching`, nobody looks at what goes into the layers: who calls `update_and_attend` knows it.
+        """
         token = RUNNING.set(passes[0] if len(passes) == 1 else passes)
         # Hooks would cost every layer of every step, which has no use for its input.
-        if self.methods and passes[0].prefill:
+        if watching and self.methods and passes[0].prefill:
             for layer in self.decoder_layers:
                 self.handles.append(layer.register_forward_pre_hook(self._remember_input, with_kwargs=True))
         try:
@@ -93,7 +96,7 @@ class MethodAttention:
         if isinstance(this, Pass):
             output = self._attend_in(this, layer, query, key, value, self.hidden_states, options)
         else:
-            output = self._attend_in_each(this, layer, query, key, value, options)
+            output = self._attend_in_each(this, layer, query, key, value, self.hidden_states, options)
         return output.transpose(1, 2).contiguous(), None
 
     def _attend_in_each(
@@ -103,16 +106,15 @@ class MethodAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        hidden_states: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:
         """Attention in prefills whose columns stand one after the other, each within its own, which it caches."""
         widths = [this.computed for this in passes]
         parts = list(zip(*(x.split(widths, dim=2) for x in (query, key, value)), strict=True))
-        states = (
-            [None] * len(passes) if self.hidden_states is None else self.hidden_states.split(widths, dim=1)
-        )
+        states = [None] * len(passes) if hidden_states is None else hidden_states.split(widths, dim=1)
         outputs = []
-        for this, (own, keys, values), hidden_states in zip(passes, parts, states, strict=True):
+        for this, (own, keys, values), state in zip(passes, parts, states, strict=True):
             if this.prefix is not None:
                 columns = this.prefix[:, None, :, None].to(keys.device)
                 # Queries of nothing in front: with as many queries as keys, flash attention needs no mask.
@@ -123,7 +125,7 @@ class MethodAttention:
                 )
             if this.cache is not None:
                 keys, values = this.cache.update(keys, values, layer)
-            output = self._attend_in(this, layer, own, keys, values, hidden_states, options)
+            output = self._attend_in(this, layer, own, keys, values, state, options)
             outputs.append(output[:, :, -this.computed :])
         return torch.cat(outputs, dim=2)
 
@@ -154,19 +156,27 @@ class MethodAttention:
             self._keep(this, step)
         return output
 
-    def attend_next(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options: Any
+    def update_and_attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """Attention (R, 1, H, D) of one new token, whose key and value (R, Hkv, 1, D) are cached first.
+        """Attention (R, Q, H, D) of new tokens, whose keys and values (R, Hkv, Q, D) are cached first.
 
-        For compiled steps, in which the model's own code does not reach the cache.
+        For compiled and recorded passes, in which the model's own code does not reach the cache.
         """
         this = RUNNING.get()
-        assert isinstance(this, Pass) and isinstance(this.cache, BranchedCache)
-        refuse_what_is_not_plain_attention(this.real.shape[1], options)
-        this.layers_seen += 1
-        key, value = this.cache.update(key, value, layer)
-        output = self._attend_next(this.cache, this, layer, query, key, value, scaling)
+        assert this is not None
+        if isinstance(this, Pass):
+            if this.cache is not None:
+                key, value = this.cache.update(key, value, layer)
+            output = self._attend_in(this, layer, query, key, value, hidden_states, options)
+        else:
+            output = self._attend_in_each(this, layer, query, key, value, hidden_states, options)
         return output.transpose(1, 2).contiguous()
 
     def _attend_next(

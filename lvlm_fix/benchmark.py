@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lvlm_fix.attachment import Attachment
 from lvlm_fix.cache import NAMES
@@ -26,7 +27,10 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 """`cpu` counts the seconds that this process was given: on a machine that others use, wall time also counts theirs."""
 
 PICTURES = 3
-"""Of one turn, behind one that warms up: whoever serves a model attaches once. A few, as machines drift within ten."""
+"""Of one turn, behind those that warm up: whoever serves a model attaches once. A few, as machines drift within ten."""
+
+WARM_UPS = 2
+"""What is asked in them is recorded, or compiled, when it is asked for the second time."""
 
 Generate = Callable[..., Any]
 """Called as (new_tokens, streamer); returns what `generate` does: `sequences`, and the KV cache by one of its names."""
@@ -57,19 +61,26 @@ class Stopwatch:
 
 
 @contextmanager
-def plain(model: Any, inputs: Mapping[str, Any]) -> Iterator[Generate]:
-    """`model.generate`, greedy, never shorter than asked for."""
+def plain(model: Any, inputs: Mapping[str, Any], **options: Any) -> Iterator[Generate]:
+    """`model.generate`, greedy and with further `options`, never shorter than asked for.
 
-    def generate(new_tokens: int, streamer: Any) -> Any:
-        return model.generate(
-            **inputs,
+    Without a `generation_config`, generate builds and checks a default one for each answer, which on a slow host takes
+    half as long as a large model's first token.
+    """
+
+    @functools.cache
+    def config(new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             num_beams=1,
-            streamer=streamer,
             return_dict_in_generate=True,
+            **options,
         )
+
+    def generate(new_tokens: int, streamer: Any) -> Any:
+        return model.generate(**inputs, generation_config=config(new_tokens), streamer=streamer)
 
     yield generate
 
@@ -87,7 +98,7 @@ def fixed(
 def plain_compiled(model: Any, inputs: Mapping[str, Any]) -> Iterator[Generate]:
     """`plain` as transformers' guide compiles it: a static KV cache, and `torch.compile` over the forward pass."""
     compiled = torch.compile(model.forward)
-    with plain(model, dict(inputs) | {"cache_implementation": "static"}) as generate:
+    with plain(model, inputs, cache_implementation="static") as generate:
         model.forward = compiled
         try:
             yield generate
@@ -105,7 +116,7 @@ def compete(
     clock: str = "wall",
     device: torch.device | None = None,
 ) -> dict[str, list[Run]]:
-    """Time all contestants in turns, `rounds` times, each warmed up by two tokens that do not count.
+    """Time all contestants in turns, `rounds` times, each warmed up by answers of two tokens that do not count.
 
     Args:
         contestants: by name, what makes the answer; entered anew for every turn, so that nothing is left on the model.
@@ -128,7 +139,8 @@ def compete(
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with contestants[name]() as generate, torch.inference_mode():
-                generate(2, Stopwatch(CLOCKS[clock]))
+                for _ in range(WARM_UPS):
+                    generate(2, Stopwatch(CLOCKS[clock]))
                 runs[name].append(_run(generate, new_tokens, CLOCKS[clock], device))
     return runs
 
@@ -219,13 +231,18 @@ _MEASURES: dict[str, Callable[[Run], float]] = {
 
 
 def encoding(
-    model: Any, inputs: Mapping[str, Any], methods: tuple[Method, ...], rounds: int, clock: str
+    model: Any,
+    inputs: Mapping[str, Any],
+    methods: tuple[Method, ...],
+    rounds: int,
+    clock: str,
+    compile: bool = False,
 ) -> dict[str, dict[str, float]]:
     """What a picture's way through vision tower and projector costs under methods: medians and quartiles.
 
     `ratio` is to plain. `scoring` is the share of the plain time that reading CLS scores takes: attached, less the
     same attached with a method that reads none. `attaching` is what that one takes above the model without its unread
-    layers, which attaching leaves out.
+    layers, which attaching leaves out. With `compile`, both are attached so.
     """
     family = family_of(model)
     encoder, unread = family.encoder(model), family.unread_layers(model)
@@ -237,8 +254,8 @@ def encoding(
     ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "plain": nullcontext,
         "shortened": functools.partial(skipping, unread),
-        "unscored": functools.partial(Attachment, model, (ZipVL(),)),
-        "attached": functools.partial(Attachment, model, methods),
+        "unscored": functools.partial(Attachment, model, (ZipVL(),), compile=compile),
+        "attached": functools.partial(Attachment, model, methods, compile=compile),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
@@ -260,13 +277,13 @@ def encoding(
 def _encode(encode: Callable[[], Any], model: Any, clock: str) -> float:
     """Seconds to encode a picture, the median of `PICTURES`."""
     times = []
-    for _ in range(PICTURES + 1):
+    for _ in range(WARM_UPS + PICTURES):
         _wait(model.device)
         start = CLOCKS[clock]()
         encode()
         _wait(model.device)
         times.append(CLOCKS[clock]() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[WARM_UPS:])
 
 
 def _wait(device: torch.device) -> None:

@@ -29,6 +29,7 @@ from lvlm_fix.benchmark_models import Subject, inputs_of
 from lvlm_fix.benchmark_reference import reference as by_reference
 from lvlm_fix.errors import PremiseWarning
 from lvlm_fix.methods import DAMRO, VTCCLS, Method, ZipVL
+from lvlm_fix.recording import replays
 
 LIBRARIES = ("lvlm-fix", "torch", "transformers", "triton", "numpy")
 PLAIN = "plain"
@@ -86,10 +87,12 @@ def measured(
                 # What is timed is not whether a method helps.
                 warnings.simplefilter("ignore", PremiseWarning)
                 runs = compete(contestants, new_tokens, rounds, clock, model.device)
-                encodings = {
-                    name: encoding(model, inputs, methods, 6 * rounds, clock)
-                    for name, methods in scored.items()
-                }
+                encode = functools.partial(encoding, model, inputs, rounds=6 * rounds, clock=clock)
+                encodings = {name: encode(methods) for name, methods in scored.items()}
+                if compiled and replays(model):  # elsewhere compile=True leaves the encoding alone
+                    encodings |= {
+                        f"compiled: {name}": encode(methods, compile=True) for name, methods in scored.items()
+                    }
             cases.append(
                 {
                     "batch_size": rows,

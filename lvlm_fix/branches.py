@@ -24,6 +24,7 @@ class Branch:
         next_position: (R,) position of the token after the prompt.
         image_mask: (R, T) bool, image tokens.
         sinks: by decoder layer, (R, T) bool sink tokens; only layers that have some.
+        unpadded: whether `real` is known to be True everywhere.
     """
 
     cache: Cache
@@ -31,6 +32,7 @@ class Branch:
     next_position: Tensor
     image_mask: Tensor
     sinks: dict[int, Tensor] = field(default_factory=dict)
+    unpadded: bool = False
 
 
 def stacked_layer(parts: list[Any], width: int) -> Any:

@@ -55,6 +55,8 @@ class BranchedCache(Cache):
         methods: frozenset[Any],
         name: str,
         apart: Sequence[Branch] = (),
+        *,
+        all_pictured: bool,
     ) -> None:
         """Stack branches of equal row count; shorter ones are padded on the left.
 
@@ -64,6 +66,7 @@ class BranchedCache(Cache):
             methods: under which it was made, and must go on.
             name: what the model's forward pass calls it.
             apart: branches that are not stacked.
+            all_pictured: whether every row has a picture.
         """
         width = max(branch.real.shape[1] for branch in branches)
         layers = [list(branch.cache.layers) for branch in branches]
@@ -73,16 +76,18 @@ class BranchedCache(Cache):
         self.mask = torch.cat([pad_left(branch.real, width, dim=1) for branch in branches])
         self.image_mask = torch.cat([pad_left(branch.image_mask, width, dim=1) for branch in branches])
         self.next_position = torch.cat([branch.next_position for branch in branches])
-        self.unpadded = bool(self.mask.all())
+        self.unpadded = all(branch.unpadded and branch.real.shape[1] == width for branch in branches)
         self.slides = any(getattr(layer, "is_sliding", False) for layer in self.layers)
         found = sorted({layer for branch in branches for layer in branch.sinks})
         stacked = {layer: stacked_sinks(branches, layer, width) for layer in found}
         self.sinks = in_images(stacked, self.image_mask)
         self._slots: dict[Any, tuple[int, Slots]] = {}
         self.methods, self.name = methods, name
-        self.apart = [BranchedCache([branch], full_length, methods, name) for branch in apart]
+        self.apart = [
+            BranchedCache([branch], full_length, methods, name, all_pictured=all_pictured) for branch in apart
+        ]
         self.waiting: Tensor | None = None
-        self.all_pictured = bool(self.image_mask.any(1).all())
+        self.all_pictured = all_pictured
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -238,6 +243,22 @@ class OutOfSight(Cache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         return 1, 0
+
+
+class Collecting(OutOfSight):
+    """One that also remembers what it handed on, in the order of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        return key_states, value_states
 
 
 def _pad_right(mask: Tensor, width: int) -> Tensor:

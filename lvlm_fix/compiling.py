@@ -91,7 +91,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 def _attend_next(
     query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float | None, window: int | None, own: bool
 ) -> Tensor:
-    return _ATTENTION.get().attend_next(
+    return _ATTENTION.get().update_and_attend(
         layer, query, key, value, scaling=scale, sliding_window=window, softcap=own or None
     )
 

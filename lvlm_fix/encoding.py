@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from lvlm_fix.errors import PromptError
+from lvlm_fix.interception import standing_in
 from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.recorder import TowerRecorder
+from lvlm_fix.replayed_tower import ReplayedTower
 from lvlm_fix.vision import VisionEncoding
 
 REPEATS_PICTURES = not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
@@ -67,6 +69,7 @@ class ImageEncoder:
         # Older transformers name here what is asked of the decoder too.
         self.arguments = tuple(name for name in self.signature.parameters if not name.startswith("output_"))
         self.unread = self._unread(scoring)
+        self.tower: ReplayedTower | None = None
         self.known: dict[int, Encoded] = {}  # by the identity of an image's features
         self.unused = False  # encoded, and not yet looked for in a prompt
 
@@ -78,6 +81,10 @@ class ImageEncoder:
             if any(layer >= first for method in scoring for layer in method.scored_layers(count)):
                 return []
         return layers
+
+    def replay(self) -> None:
+        """Record the vision tower as a CUDA graph, from its second run on."""
+        self.tower = ReplayedTower(self.family.tower(self.model), self.recorder)
 
     def install(self) -> None:
         if self.recorder is not None:
@@ -95,9 +102,13 @@ class ImageEncoder:
         if self.recorder is not None:
             self.recorder.clear()
         # Who asks for more than the features gets all of the tower.
-        skipped = [] if any(inputs.get(name) not in (None, False) for name in LOOKING) else self.unread
-        with skipping(skipped):
+        looking = any(inputs.get(name) not in (None, False) for name in LOOKING)
+        skipped = [] if looking else self.unread
+        tower = None if looking else self.tower
+        with skipping(skipped), nullcontext() if tower is None else tower.standing_in():
             result = self.plain(*args, **kwargs)
+        if tower is not None and hasattr(result, "hidden_states"):  # the next picture's are written over them
+            result["hidden_states"] = None
         if skipped and hasattr(result, "last_hidden_state"):  # what no layer has made is not shown
             result["last_hidden_state"] = None
             if result.hidden_states is not None:
@@ -131,10 +142,12 @@ class ImageEncoder:
         first one's repetitions: each is encoded once and put where its prompt has it.
         """
         inputs = {name: kwargs[name] for name in self.arguments if kwargs.get(name) is not None}
+        if not REPEATS_PICTURES or len(input_ids) == 1:
+            return self.family.features(self.get_image_features(**inputs))
         is_image = input_ids == self.family.image_token_id(self.model)
         # Without a KV cache the beams' own words follow: they are the same up to their last image token.
         shared = input_ids[:, : int(is_image.any(0).nonzero().amax()) + 1] if is_image.any() else input_ids
-        beams = _beams(inputs, shared) if REPEATS_PICTURES else 1
+        beams = _beams(inputs, shared)
         if beams == 1:
             return self.family.features(self.get_image_features(**inputs))
         once = {
@@ -162,19 +175,9 @@ class ImageEncoder:
         return [self.known[id(feature)] for feature in features]
 
 
-@contextmanager
-def skipping(layers: Sequence[nn.Module]) -> Iterator[None]:
+def skipping(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Within, the layers hand on the hidden states that they are given."""
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        vars(layer)["forward"] = _hand_on
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del vars(layer)["forward"]
-            if forward is not None:
-                layer.forward = forward
+    return standing_in(dict.fromkeys(layers, _hand_on))
 
 
 def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

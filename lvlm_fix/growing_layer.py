@@ -66,6 +66,12 @@ class GrowingLayer(DynamicLayer):
         return sum(x.nbytes for x in held if x is not None)
 
 
+def fill(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Let an empty `DynamicLayer` hold these tensors (R, H, T, D) themselves; `update` would copy them."""
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device  # a dtype of its own it has up to transformers 5.17
+
+
 def may_be_written(room: Tensor) -> bool:
     """Whether torch lets anybody write to it: outside of inference mode, not to what was made in it."""
     return torch.is_inference_mode_enabled() or not room.is_inference()

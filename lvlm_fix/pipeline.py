@@ -25,7 +25,8 @@ from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.prefilling import Part, Prefiller
 from lvlm_fix.prompt import Prompt, layout
-from lvlm_fix.replaying import ReplayedStep
+from lvlm_fix.recording import replays
+from lvlm_fix.replaying import ReplayedPrefill, ReplayedStep
 from lvlm_fix.reporting import Report
 from lvlm_fix.stepping import Stepper, contrasted
 
@@ -51,17 +52,17 @@ class Pipeline:
         attends = bool({"attention", "cache"} & stages)
         self.attention = MethodAttention(model, family, methods) if attends else None
         step: CompiledStep | ReplayedStep | None = None
+        prefill: ReplayedPrefill | None = None
         if compiled:
             attention = self.attention or MethodAttention(model, family, ())
-            places = {parameter.device for parameter in model.parameters()}
-            on_one_gpu = len(places) == 1 and places.pop().type == "cuda"
-            step = (
-                ReplayedStep(plain_forward, attention)
-                if on_one_gpu
-                else CompiledStep(plain_forward, attention, model.device)
-            )
+            if replays(model):
+                self.encoder.replay()
+                prefill = ReplayedPrefill(plain_forward, attention)
+                step = ReplayedStep(plain_forward, attention)
+            else:
+                step = CompiledStep(plain_forward, attention, model.device)
         self.step = Stepper(plain_forward, methods, self.attention, family.decoder(model).config, step)
-        self.prefill = Prefiller(model, family, plain_forward, self.attention, self.cache_name)
+        self.prefill = Prefiller(model, family, plain_forward, self.attention, self.cache_name, prefill)
         self.report: Report | None = None
         self.first_look = FirstLook()
 
@@ -167,7 +168,8 @@ class Pipeline:
         where = layout(is_image, mask, [len(image.features) for image in images])
         embeddings = self.model.get_input_embeddings()(input_ids)
         for (row, columns), image in zip(where.spans, images, strict=True):
-            embeddings[row, columns] = image.features.to(embeddings.device, embeddings.dtype)
+            own = image.features.to(embeddings.device, embeddings.dtype)
+            embeddings[row].index_copy_(0, columns.to(embeddings.device), own)
         positions = self.family.positions(self.model, input_ids, mask, kwargs) if images else None
         return Prompt(embeddings, is_image & where.visible, where, images, positions, rest)
 
@@ -183,7 +185,7 @@ class Pipeline:
         parts = [self.prefill.part(prompt, kept, kwargs.get(self.cache_name))]
         parts += [self._negative_part(prompt, method) for method in contrasting]
         output, said = self.prefill(parts, prompt.rest, kwargs.get("logits_to_keep", 0))
-        apart, pictured = set[int](), prompt.is_image.any(1)
+        apart, pictured = set[int](), None if prompt.all_pictured else prompt.is_image.any(1)
         for number, (method, negative) in enumerate(zip(contrasting, said, strict=True), 1):
             last = output.logits[:, -1]
             unsure = method.unsure(last)
@@ -203,6 +205,7 @@ class Pipeline:
                 self.step.methods,
                 self.cache_name,
                 [parts[number].branch() for number in sorted(apart)],
+                all_pictured=prompt.all_pictured,
             )
         return output
 

@@ -25,6 +25,7 @@ from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family
 from lvlm_fix.passes import Pass, first_query
 from lvlm_fix.prompt import Prefill, Prompt, kept_columns, pack
+from lvlm_fix.replaying import ReplayedPrefill
 
 WORTH_SHARING = 16
 """Tokens before the first image from which on they are not computed twice: for fewer, to fetch keys costs more."""
@@ -41,7 +42,12 @@ class Part:
     def branch(self) -> Branch:
         assert self.this.cache is not None
         return Branch(
-            self.this.cache, self.tokens.mask, self.tokens.next_position, self.image_mask, self.this.sinks
+            self.this.cache,
+            self.tokens.mask,
+            self.tokens.next_position,
+            self.image_mask,
+            self.this.sinks,
+            self.tokens.unpadded,
         )
 
 
@@ -58,8 +64,10 @@ class Prefiller:
         plain_forward: Callable,
         attention: MethodAttention | None,
         cache_name: str,
+        replayed: ReplayedPrefill | None = None,
     ) -> None:
         """Prepare; `attention` is that of the methods, None where none of them changes the decoder's."""
+        self.replayed = replayed
         self.model, self.plain_forward, self.cache_name = model, plain_forward, cache_name
         self.family, self.attention, self.config = family, attention, family.decoder(model).config
         self.taken: WeakSet[Cache] = WeakSet()
@@ -88,8 +96,8 @@ class Prefiller:
             cache = DynamicCache(config=self.model.config.get_text_config())
         if cache is not None:
             self.taken.add(cache)
-        unpadded = bool(tokens.mask.all())
-        this = Pass(tokens.mask, image_mask, first_query(image_mask), cache, prefill=True, unpadded=unpadded)
+        unpadded, first = tokens.unpadded, first_query(image_mask)
+        this = Pass(tokens.mask, image_mask, first, cache, prefill=True, unpadded=unpadded)
         return Part(tokens, image_mask, this)
 
     def __call__(
@@ -127,8 +135,19 @@ class Prefiller:
             inputs_embeds=part.tokens.embeddings,
             logits_to_keep=logits_to_keep,
         )
+        if self._replays([part], rest):
+            return self._replay([part], inputs)
         with nullcontext() if self.attention is None else self.attention.running(part.this):
             return self.plain_forward(**inputs)
+
+    def _replays(self, parts: Sequence[Part], rest: dict[str, Any]) -> bool:
+        if self.replayed is None or looked_into(self.config, rest):
+            return False
+        return self.replayed.takes([part.this for part in parts])
+
+    def _replay(self, parts: Sequence[Part], inputs: dict[str, Any]) -> Any:
+        assert self.replayed is not None
+        return self.replayed([part.this for part in parts], inputs, self.cache_name)
 
     def _together(
         self, parts: Sequence[Part], rest: dict[str, Any], logits_to_keep: int | Tensor
@@ -146,16 +165,20 @@ class Prefiller:
             inputs_embeds=torch.cat([one.embeddings[:, columns] for one, columns in own], dim=1),
             logits_to_keep=_columns(widths, logits_to_keep).to(parts[0].tokens.mask.device),
         )
+        run = self._replay if self._replays(parts, rest) else self._queue
+        output = run(parts, inputs)
+        asked = output.logits.shape[1] + 1 - len(parts)
+        output.logits, others = output.logits[:, :asked], output.logits[:, asked:].unbind(1)
+        return output, list(others)
+
+    def _queue(self, parts: Sequence[Part], inputs: dict[str, Any]) -> Any:
         attention = self.attention or self.parting
         assert attention is not None
         with (
             nullcontext() if self.parting is None else self.parting.installed(),
             attention.running(*(part.this for part in parts)),
         ):
-            output = self.plain_forward(**inputs)
-        asked = output.logits.shape[1] + 1 - len(parts)
-        output.logits, others = output.logits[:, :asked], output.logits[:, asked:].unbind(1)
-        return output, list(others)
+            return self.plain_forward(**inputs)
 
     def _inputs(self, rest: dict[str, Any], cache: Cache | None, **inputs: Any) -> dict[str, Any]:
         return rest | inputs | {self.cache_name: cache, "use_cache": cache is not None}

@@ -49,6 +49,11 @@ class Prompt:
         """Whether keys and values are to be kept for later steps."""
         return self.rest.get("use_cache") is not False
 
+    @property
+    def all_pictured(self) -> bool:
+        """Whether every row has a picture."""
+        return len({row for row, _ in self.where.spans}) == len(self.embeddings)
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -60,6 +65,7 @@ class Prefill:
         positions: (R, T), or (P, R, T) where the model has several kinds of position.
         columns: (R, T) columns of the whole prompt that the tokens come from.
         next_position: (R,) position of the first token after the prompt.
+        unpadded: whether there is no padding.
     """
 
     embeddings: Tensor
@@ -67,6 +73,7 @@ class Prefill:
     positions: Tensor
     columns: Tensor
     next_position: Tensor
+    unpadded: bool
 
 
 def layout(is_image: Tensor, attention_mask: Tensor | None, lengths: list[int]) -> Layout:
@@ -79,8 +86,9 @@ def layout(is_image: Tensor, attention_mask: Tensor | None, lengths: list[int]) 
     is_image = is_image & visible
     spans: list[tuple[int, Tensor]] = []
     remaining = list(lengths)
-    for row in range(len(is_image)):
-        columns = is_image[row].nonzero()[:, 0]
+    found = is_image.nonzero()[:, 1]
+    own = [len(found)] if len(is_image) == 1 else is_image.sum(1).tolist()
+    for row, columns in enumerate(found.split(own)):
         while len(columns):
             if not remaining or remaining[0] > len(columns):
                 raise PromptError(_mismatch(int(is_image.sum()), lengths))
@@ -104,8 +112,9 @@ def kept_columns(where: Layout, kept: list[Tensor | None]) -> Tensor:
     stays = where.visible.clone()
     for (row, columns), indices in zip(where.spans, kept, strict=True):
         if indices is not None:
-            stays[row, columns] = False
-            stays[row, columns[indices.to(columns.device)]] = True
+            # To put a number there by index would copy it to the device each time.
+            stays[row].index_fill_(0, columns, False)
+            stays[row].index_fill_(0, columns[indices.to(columns.device)], True)
     return stays
 
 
@@ -116,14 +125,18 @@ def pack(embeddings: Tensor, stays: Tensor, positions: Tensor | None = None) -> 
     of the whole prompt.
     """
     counts = stays.sum(1)
-    width = int(counts.max())
+    lengths = counts.tolist()
+    width = max(lengths)
+    unpadded = min(lengths) == width
     columns = stays.long().argsort(dim=1, stable=True)[
         :, -width:
     ]  # False sorts first: what stays is packed right
     mask = torch.arange(width, device=stays.device)[None] >= (width - counts)[:, None]
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    packed = embeddings[rows, columns] * mask[..., None].to(embeddings.dtype)
+    packed = embeddings[rows, columns]
+    if not unpadded:
+        packed = packed * mask[..., None].to(embeddings.dtype)
     if positions is None:
-        return Prefill(packed, mask, (mask.long().cumsum(1) - 1).clamp(min=0), columns, counts)
+        return Prefill(packed, mask, (mask.long().cumsum(1) - 1).clamp(min=0), columns, counts, unpadded)
     own = positions.gather(2, columns.expand(len(positions), -1, -1))
-    return Prefill(packed, mask, own, columns, positions.amax((0, 2)) + 1)
+    return Prefill(packed, mask, own, columns, positions.amax((0, 2)) + 1, unpadded)

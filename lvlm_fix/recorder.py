@@ -79,6 +79,20 @@ class TowerRecorder:
         self.tables: list[Tensor] = []
         self.noted: Counter[int] = Counter()  # how many of the calls a layer's row is there of
 
+    def take(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """What was read since `clear`, which is done: tables, pooled rows, and which layers' rows are in the tables."""
+        self._read()
+        taken = self.tables, self.pooled, list(self.noted.elements())
+        self.clear()
+        return taken
+
+    def give(self, taken: tuple[list[Tensor], list[Tensor], list[int]]) -> None:
+        """Go on as if this had been read here, after all else."""
+        tables, pooled, noted = taken
+        self.tables += tables
+        self.pooled += pooled
+        self.noted.update(noted)
+
     def _attend(
         self, proceed: Proceed, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Any:

@@ -1,177 +1,72 @@
-"""A decoding step on a GPU as CUDA graphs: what the model does between two attentions, recorded once and replayed.
-
-A step of few rows is bound by the host, which queues some thousand small operations for every token. A CUDA graph
-queues them at once, but its addresses and sizes never change, while a KV cache grows and the methods do with it as they
-like. So a recording stops at each layer's attention and goes on behind it: attention is queued anew for every token,
-just as an unrecorded step does it, and all else is replayed. These are the same kernels, so every bit is the same.
-"""
+"""The decoder on a GPU as CUDA graphs that stop at each layer's attention: decoding steps, and short prefills."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 from lvlm_fix.attention import MethodAttention
-from lvlm_fix.cache import BranchedCache, OutOfSight
-from lvlm_fix.errors import UnsupportedModelError
+from lvlm_fix.cache import BranchedCache, Collecting, OutOfSight
+from lvlm_fix.growing_layer import fill
 from lvlm_fix.kernels.fused.launch import on_device_of
 from lvlm_fix.passes import Pass
+from lvlm_fix.recording import Attend, Recording, Recordings, asked_of, may_record, own
 
 IMPLEMENTATION = "lvlm_fix_replayed"
-"""What a model's configuration names while a step is recorded."""
+"""What a model's configuration names while a pass of its decoder is recorded."""
 
-MOST = 16
-"""Recordings kept, one for each number of rows: the oldest goes first."""
+LONGEST = 1024
+"""Tokens of a prefill, all rows together, up to which it is recorded: more take the device longer than the host."""
 
 OPTIONS = ("scaling", "sliding_window", "softcap", "s_aux")
-"""Of what a layer passes to attention, what a step here must know."""
+"""Of what a layer passes to attention, what a pass here must know."""
 
 
-class Stop(NamedTuple):
-    """Where a recording stops: a layer's attention of (R, H, 1, D) and (R, Hkv, 1, D), and where its output goes."""
+class ReplayedPasses:
+    """`plain_forward` of a model on one GPU."""
 
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-
-
-class Recording:
-    """The graphs of one step; while it is recorded, the step is made as well."""
-
-    def __init__(self) -> None:
-        self.given: dict[str, Tensor] = {}
-        self.output: Any = None
-        self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.stops: list[Stop] = []
-        self.pool = torch.cuda.graph_pool_handle()
-        # Nothing ever runs on the stream that is recorded from: graphs and attention take their turns on this one.
-        self.stream = torch.cuda.current_stream()
-        self.is_open = False
-
-    def record(self, forward: Callable, inputs: dict[str, Any]) -> None:
-        """Run `forward` of `inputs`, whose tensors later steps give anew.
-
-        Raises:
-            UnsupportedModelError: the model does what cannot be recorded, such as asking the device for a number.
-        """
-        self.given = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
-        with torch.cuda.stream(torch.cuda.Stream()):
-            try:
-                self._begin()
-                self.output = forward(**inputs | self.given)
-                self._end()
-            except BaseException as error:
-                if not self.is_open:
-                    raise
-                with suppress(RuntimeError):  # the first error tells more than that of ending what it broke
-                    self.graphs[-1].capture_end()
-                if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                why = str(error).partition("\n")[0]  # CUDA says where to look it up, too
-                raise UnsupportedModelError(
-                    f"compile=True cannot record this model's decoding step as CUDA graphs ({why}): leave it out"
-                ) from error
-
-    def stop(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention in the middle of a recording."""
-        self._end()
-        with torch.cuda.stream(self.stream):
-            output = attend(query, key, value).clone()
-        self.stops.append(Stop(attend, query, key, value, output))
-        self._begin()
-        return output
-
-    def _begin(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        # All graphs share their memory, for they run one after the other. Other threads may go on using the GPU.
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        self.graphs.append(graph)
-        self.is_open = True
-
-    def _end(self) -> None:
-        self.is_open = False
-        self.graphs[-1].capture_end()
-        with torch.cuda.stream(self.stream):
-            self.graphs[-1].replay()
-
-    def replay(self, inputs: dict[str, Any]) -> None:
-        """The step of other `inputs` of the same sizes; `output` is then theirs."""
-        for name, held in self.given.items():
-            held.copy_(inputs[name])
-        for graph, stop in zip(self.graphs, self.stops, strict=False):
-            graph.replay()
-            stop.output.copy_(stop.attend(stop.query, stop.key, stop.value))
-        self.graphs[-1].replay()
-
-    def said(self) -> Any:
-        """The step's output, in memory that the next one does not write to."""
-        own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self.output.items()}
-        return type(self.output)(**own)
-
-
-_RUNNING: ContextVar[tuple[MethodAttention, Recording | None]] = ContextVar("lvlm_fix_replayed_attention")
-
-
-class ReplayedStep:
-    """`plain_forward` for one new token a row, of a model on one GPU; recorded when it runs for the second time."""
-
-    def __init__(self, plain_forward: Callable, attention: MethodAttention) -> None:
+    def __init__(
+        self, plain_forward: Callable, attention: MethodAttention, what: str, sharing: bool = False
+    ) -> None:
         self.forward, self.attention = plain_forward, attention
-        # By what is asked; None until it is recorded.
-        self.recordings: dict[Any, Recording | None] = {}
+        self.recordings = Recordings(what, sharing)
 
-    def __call__(self, this: Pass, cache: BranchedCache, inputs: dict[str, Any]) -> Any:
-        """What `plain_forward` says to `inputs`, which the pass `this` tells the rest of."""
-        inputs = inputs | {"attention_mask": None}
-        asked, through_model = _asked(inputs), inputs | {cache.name: OutOfSight()}
-        with (
-            on_device_of(inputs["input_ids"]),
-            torch.no_grad(),
-            self.attention.running(this),
-            cache.attached(),
-        ):
-            recording = self.recordings.get(asked)
-            if recording is not None:
-                recording.replay(inputs)
-                output = recording.said()
-            elif asked in self.recordings and self._may_record(inputs["input_ids"].device):
-                recording = Recording()
-                with self._stopping(recording):
-                    recording.record(self.forward, through_model)
-                self.recordings[asked] = recording
-                output = recording.said()
-            else:
-                # In their first run libraries set themselves up, which cannot be recorded.
-                with self._stopping(None):
-                    output = self.forward(**through_model)
-                while len(self.recordings) >= MOST:
-                    self.recordings.pop(next(iter(self.recordings)))
-                self.recordings[asked] = None
-        output[cache.name] = cache
-        return output
+    def run(self, passes: Sequence[Pass], inputs: dict[str, Any], cache_name: str, caching: bool) -> Any:
+        """What `plain_forward` says to `inputs`, which the passes tell the rest of; it stops at each attention."""
+        forward = partial(self.forward, **{cache_name: OutOfSight() if caching else None})
+        asked, recording = self._next(inputs)
+        replays = recording is not None and bool(recording.graphs)
+        with self._attending(recording), self.attention.running(*passes, watching=not replays):
+            return self._say(asked, recording, forward, inputs)
 
-    def _may_record(self, device: torch.device) -> bool:
-        if torch.is_autocast_enabled(device.type):
-            return False  # it keeps weights that it has cast until it ends, and a graph would read them after that
+    def _next(self, inputs: dict[str, Any], *how: str) -> tuple[Any, Recording | None]:
+        first, *others = {value.device for value in inputs.values() if isinstance(value, Tensor)}
         modules = (module for layer in self.attention.decoder_layers for module in layer.modules())
-        hooks = (
-            hook for x in modules for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())
+        asked = *how, *asked_of(inputs, first)
+        # What is read elsewhere is no part of a graph.
+        return asked, self.recordings.next(
+            asked, lambda: not others and may_record(modules, first, known="lvlm_fix.attention")
         )
-        # A graph calls no hooks. transformers' own hand out hidden states, which nobody asks for here.
-        return all((getattr(hook, "__module__", "") or "").startswith("transformers.") for hook in hooks)
+
+    @torch.no_grad()
+    def _say(self, asked: Any, recording: Recording | None, forward: Callable, inputs: dict[str, Any]) -> Any:
+        with on_device_of(next(value for value in inputs.values() if isinstance(value, Tensor))):
+            if recording is None:
+                return forward(**inputs)
+            return own(self.recordings.output(recording, asked, forward, inputs))
 
     @contextmanager
-    def _stopping(self, recording: Recording | None) -> Iterator[None]:
+    def _attending(self, recording: Recording | None) -> Iterator[None]:
         """Within, the decoder's layers attend by `_attention`."""
         token = _RUNNING.set((self.attention, recording))
         try:
@@ -181,28 +76,84 @@ class ReplayedStep:
             _RUNNING.reset(token)
 
 
+class ReplayedStep(ReplayedPasses):
+    """One new token a row."""
+
+    def __init__(self, plain_forward: Callable, attention: MethodAttention) -> None:
+        super().__init__(plain_forward, attention, "decoding step")
+
+    def __call__(self, this: Pass, cache: BranchedCache, inputs: dict[str, Any]) -> Any:
+        """What is said to `inputs`, which the pass `this` tells the rest of."""
+        with cache.attached():
+            output = self.run([this], _without(cache.name, inputs), cache.name, caching=True)
+        output[cache.name] = cache
+        return output
+
+
+class ReplayedPrefill(ReplayedPasses):
+    """Short prompts, which take the host as long to queue as long ones: many, once image tokens are pruned."""
+
+    def __init__(self, plain_forward: Callable, attention: MethodAttention) -> None:
+        super().__init__(plain_forward, attention, "prefill", sharing=True)
+
+    def takes(self, passes: Sequence[Pass]) -> bool:
+        """Whether these are few enough tokens."""
+        return len(passes[0].real) * sum(this.computed for this in passes) <= LONGEST
+
+    def __call__(self, passes: Sequence[Pass], inputs: dict[str, Any], cache_name: str) -> Any:
+        """What is said to `inputs`, which the passes, one for each branch, tell the rest of."""
+        inputs = _without(cache_name, inputs)
+        this, *others = passes
+        if others or self.attention.methods or not (this.unpadded and _is_empty(this.cache)):
+            return self.run(passes, inputs, cache_name, caching=this.cache is not None)
+        # All prompts of this size are attended to alike, so that nothing need stop.
+        asked, recording = self._next(inputs, "whole")
+        with self._attending(None):
+            whole = partial(self._whole, this, cache_name)
+            output, keys, values = self._say(asked, recording, whole, inputs)
+        assert this.cache is not None
+        for layer, key, value in zip(this.cache.layers, keys, values, strict=True):
+            fill(layer, key, value)
+        output[cache_name] = this.cache
+        return output
+
+    def _whole(self, this: Pass, cache_name: str, **inputs: Any) -> tuple[Any, Tensor, Tensor]:
+        """A prefill with its attention, and the keys and values (L, R, H, T, D) of all layers."""
+        cache = Collecting()
+        with self.attention.running(replace(this, cache=None)):
+            output = self.forward(**inputs | {cache_name: cache})
+        return output, torch.stack(cache.keys), torch.stack(cache.values)
+
+
+def _without(cache_name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a pass is asked, but for what attention knows by itself: the KV cache and the mask."""
+    return {name: value for name, value in inputs.items() if name != cache_name} | {"attention_mask": None}
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    """Whether all of a KV cache's layers are there to be filled."""
+    layers = [] if cache is None else cache.layers
+    return bool(layers) and all(
+        type(layer) is DynamicLayer and not layer.get_seq_length() for layer in layers
+    )
+
+
+_RUNNING: ContextVar[tuple[MethodAttention, Recording | None]] = ContextVar("lvlm_fix_replayed_attention")
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
     attention, recording = _RUNNING.get()
     known: dict[str, Any] = {name: options.get(name) for name in OPTIONS}
-    attend = partial(attention.attend_next, attention.index[id(module)], **known)
-    return (attend if recording is None else partial(recording.stop, attend))(query, key, value), None
+    attend: Attend = partial(attention.update_and_attend, attention.index[id(module)], **known)
+    if recording is not None:
+        attend = partial(recording.stop, attend)
+    return attend(query, key, value, attention.hidden_states), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Attention masks by itself."""
-
-
-def _asked(inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What a recording is made for: tensors by their sizes, all else by what it is."""
-    kinds = {
-        name: (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
-        for name, value in inputs.items()
-    }
-    place = inputs["input_ids"].device.type
-    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(place)
-    return *modes, *sorted(kinds.items())
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was_even_by_a_step_that_fails(embedded, prompts
         raise KeyError("stop")
 
     with attach(model, CONTRAST, compile=True):
-        monkeypatch.setattr("lvlm_fix.attention.MethodAttention.attend_next", fail)
+        monkeypatch.setattr("lvlm_fix.attention.MethodAttention.update_and_attend", fail)
         with pytest.raises(KeyError, match="stop"):
             model.generate(**prompts, max_new_tokens=3)
         assert config._attn_implementation == before

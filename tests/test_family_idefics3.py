@@ -94,6 +94,7 @@ def received(weights):
 
 
 class Idefics3Checks(FamilyChecks):
+    records_tower = False  # it takes a mask of the pixels, too
     image_entries = 2  # one a prompt, whatever its pictures
 
     @pytest.fixture(scope="class")

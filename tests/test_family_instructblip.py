@@ -22,6 +22,7 @@ from family_checks import (
     build_tokenizer,
     logits_of,
     run,
+    say_the_same_replayed,
     sharpen,
 )
 from slow import Conversation, SlowDecoder, best, largest_difference, stages
@@ -217,6 +218,11 @@ def test_compiled_steps_say_the_same(loaded, inputs):
     compiled, said = logits_of(double, FIXES["all"], inputs, compile=True)
     assert torch.equal(said, sequences)
     assert max(map(largest_difference, compiled, logits)) < TOLERANCE
+
+
+def test_what_is_recorded_and_replayed_says_the_same(loaded, inputs, monkeypatch):
+    towers = say_the_same_replayed(loaded[0], inputs, monkeypatch, FIXES["all"])
+    assert [len(one.graphs) for one in towers] == [1]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

@@ -13,7 +13,7 @@ from on_device import GPU
 from recorded_operations import stand_in
 from test_compiling import CONTRAST, FIXES, OPTIONS, PACK, prompts, say  # noqa: F401
 
-from lvlm_fix import UnsupportedModelError, attach, replaying
+from lvlm_fix import UnsupportedModelError, attach, recording
 from lvlm_fix.attention import MethodAttention
 
 pytestmark = [
@@ -55,10 +55,11 @@ def test_a_step_is_recorded_once_for_all_prompts_of_as_many_rows(placed, graphs)
     layers = model.config.get_text_config().num_hidden_layers
     with attach(model, *FIXES["all"], compile=True) as fix:
         said = [model.generate(**inputs, **options) for _ in range(2)]
-        recordings = list(fix.pipeline.step.compiled.recordings.values())
+        recordings = list(fix.pipeline.step.compiled.recordings.known.values())
         if graphs is not None:
             # The first step of 14 is as it was, and in the second each graph runs as it is made.
-            assert [graph.replayed for graph in graphs.made] == [13] * (layers + 1)
+            made = [graph.replayed for recording in recordings for graph in recording.graphs]
+            assert made == [13] * (layers + 1)
     assert torch.equal(*said)
     assert [len(recording.graphs) for recording in recordings] == [layers + 1]
 
@@ -84,7 +85,7 @@ def test_under_autocast_nothing_is_recorded(placed, graphs):
         plainly = say(model, (CONTRAST,), inputs, compile=False)
         with attach(model, CONTRAST, compile=True) as fix:
             said = model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
-            assert list(fix.pipeline.step.compiled.recordings.values()) == [None]
+            assert list(fix.pipeline.step.compiled.recordings.known.values()) == [None]
     assert torch.equal(said, plainly.sequences)
 
 
@@ -99,18 +100,18 @@ def test_hooks_are_called_in_every_step(placed):
         assert len(calls) == 6
         model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, output_hidden_states=True)
         model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
-        assert None not in fix.pipeline.step.compiled.recordings.values()
+        assert None not in fix.pipeline.step.compiled.recordings.known.values()
 
 
 @torch.inference_mode()
 def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures, monkeypatch):
     model = placed[0]
-    monkeypatch.setattr(replaying, "MOST", 2)
+    monkeypatch.setattr(recording, "MOST", 2)
     with attach(model, CONTRAST, compile=True) as fix:
         for rows in (1, 2, 3):
             inputs = ask(embedded[1], *[([sample_pictures["kitchen"]], "Is there a fork?")] * rows)
             model.generate(**inputs.to(model.device), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        kept = list(fix.pipeline.step.compiled.recordings.values())
+        kept = list(fix.pipeline.step.compiled.recordings.known.values())
         # Each row has a negative one beside it.
         assert [len(recording.given["input_ids"]) for recording in kept] == [4, 6]
 
@@ -138,18 +139,18 @@ def test_a_model_that_asks_the_device_for_a_number_is_refused(placed, monkeypatc
 def test_an_error_in_attention_comes_through(placed, monkeypatch):
     model, inputs = placed
     config = model.get_decoder().config
-    before, attend_next = config._attn_implementation, MethodAttention.attend_next
+    before, update_and_attend = config._attn_implementation, MethodAttention.update_and_attend
     layers, calls = config.num_hidden_layers, []
 
     def fail(self, *args, **kwargs):
         calls.append(1)
         if len(calls) > layers + 1:  # in the second step, which is recorded
             raise KeyError("stop")
-        return attend_next(self, *args, **kwargs)
+        return update_and_attend(self, *args, **kwargs)
 
     with attach(model, CONTRAST, compile=True):
         attached = config._attn_implementation
-        monkeypatch.setattr(MethodAttention, "attend_next", fail)
+        monkeypatch.setattr(MethodAttention, "update_and_attend", fail)
         with pytest.raises(KeyError, match="stop"):
             model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
         assert config._attn_implementation == attached

@@ -55,11 +55,12 @@ class VTCCLS(Method):
         return range(layers)[self.start_layer : -1]
 
     def select(self, vision: VisionEncoding) -> Tensor:
-        scored = torch.ones_like(vision.feature_scores, dtype=torch.bool)
-        if vision.crops is not None:
-            scored = vision.crops >= 0
+        layer_scores = vision.layer_scores[:, None]
+        if vision.crops is None:  # no newlines: nothing need be asked of the device
+            return select_by_cls(layer_scores, self.count(layer_scores.shape[-1]), self.start_layer)[0]
+        scored = vision.crops >= 0
         own = scored.nonzero()[:, 0]
-        best = select_by_cls(vision.layer_scores[:, None, own], self.count(len(own)), self.start_layer)[0]
+        best = select_by_cls(layer_scores[..., own], self.count(len(own)), self.start_layer)[0]
         kept = torch.zeros_like(scored).index_fill(0, own[best], True)
         return (kept | _newlines(scored, kept)).nonzero()[:, 0]
 

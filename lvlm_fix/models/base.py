@@ -51,6 +51,10 @@ class Family(ABC):
         """Of a tower without a CLS token, the attention with which one query pools its patches; None without one."""
         return None
 
+    def tower(self, model: Any) -> nn.Module:
+        """The vision tower, from pixels to hidden states."""
+        return model.base_model.vision_tower
+
     def unread_layers(self, model: Any) -> list[nn.Module]:
         """Tower layers above all that `get_image_features` reads; each takes hidden states and returns others."""
         return []

@@ -26,6 +26,9 @@ class Idefics3(Family):
     pixel_mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     pixel_std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
+    def tower(self, model: Any) -> nn.Module:
+        return model.base_model.vision_model
+
     def tower_attention(self, model: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in model.base_model.vision_model.encoder.layers]
 

@@ -30,6 +30,9 @@ class InstructBlip(Family):
         "vtc_cls": "its image tokens are queries of the Q-Former, not patches that the CLS token attends to"
     }
 
+    def tower(self, model: Any) -> nn.Module:
+        return model.vision_model
+
     def tower_attention(self, model: Any) -> list[nn.Module]:
         return [layer.self_attn for layer in model.vision_model.encoder.layers]
 

@@ -25,6 +25,9 @@ class QwenVL(Family):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
     has_cls: ClassVar[bool] = False
 
+    def tower(self, model: Any) -> nn.Module:
+        return model.base_model.visual
+
     def tower_attention(self, model: Any) -> list[nn.Module]:
         tower = model.base_model.visual
         full = getattr(tower.config, "fullatt_block_indexes", range(len(tower.blocks)))
