@@ -43,11 +43,11 @@ def attach(
         scores: what scores image tokens instead of the model's own vision tower, such as `CLSFrom(open_clip_model)`.
         processor: for `"auto"`, the model's; None loads it from where the model came from.
         images: for `"auto"`, a few pictures like those that will be asked about; None for some that ship.
-        compile: run every decoding step after a prompt with pictures as graphs; the tokens are the same. A model on
-            one GPU is recorded as CUDA graphs in the second step of an attachment, and again for every other number of
-            rows; hooks that are put on its decoder after that are not called. Elsewhere it is one graph of
-            `torch.compile`: the first step takes some seconds more, those of later calls and attachments to the same
-            model do not.
+        compile: run what follows a prompt with pictures as graphs; the tokens are the same. On one GPU the vision
+            tower, prompts and decoding steps are recorded as CUDA graphs when one of the same size comes for the second
+            time in an attachment; hooks that are put on the model after that are not called. Elsewhere decoding steps
+            are one graph of `torch.compile`: the first takes some seconds more, those of later calls and attachments
+            to the same model do not.
 
     Returns:
         A handle: leave its `with`, or call `detach()`, and the model is what it was. `report` tells what was done.

@@ -82,9 +82,10 @@ class ImageEncoder:
                 return []
         return layers
 
-    def replay(self) -> None:
+    def replay(self) -> ReplayedTower:
         """Record the vision tower as a CUDA graph, from its second run on."""
         self.tower = ReplayedTower(self.family.tower(self.model), self.recorder)
+        return self.tower
 
     def install(self) -> None:
         if self.recorder is not None:

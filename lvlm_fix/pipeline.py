@@ -25,7 +25,7 @@ from lvlm_fix.methods.base import Method
 from lvlm_fix.models.base import Family
 from lvlm_fix.prefilling import Part, Prefiller
 from lvlm_fix.prompt import Prompt, layout
-from lvlm_fix.recording import replays
+from lvlm_fix.recording import Recordings, replays
 from lvlm_fix.replaying import ReplayedPrefill, ReplayedStep
 from lvlm_fix.reporting import Report
 from lvlm_fix.stepping import Stepper, contrasted
@@ -53,12 +53,13 @@ class Pipeline:
         self.attention = MethodAttention(model, family, methods) if attends else None
         step: CompiledStep | ReplayedStep | None = None
         prefill: ReplayedPrefill | None = None
+        self.recordings: list[Recordings] = []
         if compiled:
             attention = self.attention or MethodAttention(model, family, ())
             if replays(model):
-                self.encoder.replay()
                 prefill = ReplayedPrefill(plain_forward, attention)
                 step = ReplayedStep(plain_forward, attention)
+                self.recordings = [one.recordings for one in (self.encoder.replay(), prefill, step)]
             else:
                 step = CompiledStep(plain_forward, attention, model.device)
         self.step = Stepper(plain_forward, methods, self.attention, family.decoder(model).config, step)
@@ -75,6 +76,10 @@ class Pipeline:
         self.encoder.remove()
         if self.attention is not None:
             self.attention.remove()
+        for (
+            recordings
+        ) in self.recordings:  # whoever keeps the handle for its report does not keep their memory
+            recordings.clear()
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         self._refuse(args, kwargs)

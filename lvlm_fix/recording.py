@@ -125,6 +125,11 @@ class Recordings:
         self.where: Any = None
         self.known: dict[Any, Recording | None] = {}
 
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.known.clear()
+        self.where = None
+
     def next(self, asked: Any, may_record: Callable[[], bool]) -> Recording | None:
         """What is to be replayed or, where it has no graphs yet, recorded now; None to go without."""
         is_new = asked not in self.known

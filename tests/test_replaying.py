@@ -55,13 +55,24 @@ def test_a_step_is_recorded_once_for_all_prompts_of_as_many_rows(placed, graphs)
     layers = model.config.get_text_config().num_hidden_layers
     with attach(model, *FIXES["all"], compile=True) as fix:
         said = [model.generate(**inputs, **options) for _ in range(2)]
-        recordings = list(fix.pipeline.step.compiled.recordings.known.values())
+        recordings = list(fix.pipeline.recordings[-1].known.values())
         if graphs is not None:
             # The first step of 14 is as it was, and in the second each graph runs as it is made.
             made = [graph.replayed for recording in recordings for graph in recording.graphs]
             assert made == [13] * (layers + 1)
     assert torch.equal(*said)
     assert [len(recording.graphs) for recording in recordings] == [layers + 1]
+
+
+@torch.inference_mode()
+def test_what_was_recorded_is_given_back_with_the_methods_off(placed):
+    model, inputs = placed
+    with attach(model, *FIXES["all"], compile=True) as fix:
+        for _ in range(2):
+            model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+        assert all(any(one.known.values()) for one in fix.pipeline.recordings)
+    assert not any(one.known for one in fix.pipeline.recordings)
+    assert fix.report
 
 
 @torch.inference_mode()
@@ -85,7 +96,7 @@ def test_under_autocast_nothing_is_recorded(placed, graphs):
         plainly = say(model, (CONTRAST,), inputs, compile=False)
         with attach(model, CONTRAST, compile=True) as fix:
             said = model.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
-            assert list(fix.pipeline.step.compiled.recordings.known.values()) == [None]
+            assert list(fix.pipeline.recordings[-1].known.values()) == [None]
     assert torch.equal(said, plainly.sequences)
 
 
@@ -100,7 +111,7 @@ def test_hooks_are_called_in_every_step(placed):
         assert len(calls) == 6
         model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, output_hidden_states=True)
         model.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
-        assert None not in fix.pipeline.step.compiled.recordings.known.values()
+        assert None not in fix.pipeline.recordings[-1].known.values()
 
 
 @torch.inference_mode()
@@ -111,7 +122,7 @@ def test_recordings_do_not_pile_up(placed, ask, embedded, sample_pictures, monke
         for rows in (1, 2, 3):
             inputs = ask(embedded[1], *[([sample_pictures["kitchen"]], "Is there a fork?")] * rows)
             model.generate(**inputs.to(model.device), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        kept = list(fix.pipeline.step.compiled.recordings.known.values())
+        kept = list(fix.pipeline.recordings[-1].known.values())
         # Each row has a negative one beside it.
         assert [len(recording.given["input_ids"]) for recording in kept] == [4, 6]
 

@@ -54,14 +54,14 @@ def prompts(embedded, model, ask, sample_pictures):
 
 
 def answers(model, fix, prompts, compile, **options):
-    """What is said to the prompts under one attach, and what each report says when all is over."""
+    """What is said to the prompts under one attach with what is reported, and what tower and prefill recorded."""
     asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | options
     with attach(model, *fix, compile=compile) as attached:
         said = []
         for inputs in prompts:
             output = model.generate(**inputs, **asked, output_logits=True, return_dict_in_generate=True)
             said.append((output, attached.report))
-        return said, attached.pipeline
+        return said, *(list(one.known.values()) for one in attached.pipeline.recordings[:2])
 
 
 @torch.inference_mode()
@@ -70,8 +70,8 @@ def answers(model, fix, prompts, compile, **options):
 def test_words_logits_and_reports_are_those_without(model, prompts, name, how):
     fix = FIXES.get(name, (PRUNE, CONTRAST))
     asked = prompts(QUESTIONS[how])
-    plainly, _ = answers(model, fix, asked, compile=False)
-    replayed, pipeline = answers(model, fix, asked, compile=True)
+    plainly, *_ = answers(model, fix, asked, compile=False)
+    replayed, towers, prefills = answers(model, fix, asked, compile=True)
     for (ours, our_report), (theirs, their_report) in zip(replayed, plainly, strict=True):
         assert torch.equal(ours.sequences, theirs.sequences)
         for mine, other in zip(ours.logits, theirs.logits, strict=True):
@@ -82,8 +82,6 @@ def test_words_logits_and_reports_are_those_without(model, prompts, name, how):
                 assert torch.equal(mine, other)
         assert our_report == their_report
     layers = model.config.get_text_config().num_hidden_layers
-    prefills = list(pipeline.prefill.replayed.recordings.known.values())
-    towers = list(pipeline.encoder.tower.recordings.known.values())
     # Where nothing differs between prompts, nothing stops at attention.
     is_whole = name == "vtc_cls" and how == "one"
     assert [len(one.graphs) for one in prefills] == [1 if is_whole else layers + 1]
@@ -136,9 +134,7 @@ def test_long_prompts_and_many_pictures_are_not_recorded(model, prompts, monkeyp
     monkeypatch.setattr(replaying, "LONGEST", 256)
     monkeypatch.setattr(replayed_tower, "MOST_CROPS", 4)
     asked = prompts(["Is there a fork?"] * 5)
-    _, pipeline = answers(model, (PRUNE,), asked, compile=True)
-    assert not pipeline.prefill.replayed.recordings.known
-    assert not pipeline.encoder.tower.recordings.known
+    assert answers(model, (PRUNE,), asked, compile=True)[1:] == ([], [])
 
 
 @torch.inference_mode()
@@ -148,9 +144,8 @@ def test_what_was_asked_last_stays_recorded(model, prompts, monkeypatch):
         prompts([text])[0]
         for text in ("Is there a fork?", "Describe the image.", "Is there a red fork in it?")
     )
-    _, pipeline = answers(model, (PRUNE,), [short, short, long, short, longer, short], compile=True)
-    known = pipeline.prefill.replayed.recordings.known
-    assert len(known) == 2 and list(known.values())[-1] is not None
+    _, _, prefills = answers(model, (PRUNE,), [short, short, long, short, longer, short], compile=True)
+    assert len(prefills) == 2 and prefills[-1] is not None
 
 
 def test_gradients_flow_through_the_tower(model, prompts):
@@ -166,10 +161,10 @@ def test_gradients_flow_through_the_tower(model, prompts):
 @torch.inference_mode()
 def test_a_tower_that_cannot_be_recorded_is_queued(model, prompts, monkeypatch):
     asked = prompts(QUESTIONS["one"])
-    plainly, _ = answers(model, (PRUNE, CONTRAST), asked, compile=False)
+    plainly, *_ = answers(model, (PRUNE, CONTRAST), asked, compile=False)
     norm = family_of(model).tower(model).encoder.layers[-2].layer_norm2
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: forward(x) if x.sum().item() < 1e9 else x)
-    said, pipeline = answers(model, (PRUNE, CONTRAST), asked, compile=True)
+    said, towers, _ = answers(model, (PRUNE, CONTRAST), asked, compile=True)
     assert all(torch.equal(a.sequences, b.sequences) for (a, _), (b, _) in zip(said, plainly, strict=True))
-    assert list(pipeline.encoder.tower.recordings.known.values()) == [None]
+    assert towers == [None]
