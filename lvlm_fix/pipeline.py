@@ -26,7 +26,7 @@ from lvlm_fix.models.base import Family
 from lvlm_fix.prefilling import Part, Prefiller
 from lvlm_fix.prompt import Prompt, layout
 from lvlm_fix.recording import Recordings, replays
-from lvlm_fix.replaying import ReplayedPrefill, ReplayedStep
+from lvlm_fix.replayed_decoder import ReplayedPrefill, ReplayedStep
 from lvlm_fix.reporting import Report
 from lvlm_fix.stepping import Stepper, contrasted
 

@@ -25,7 +25,7 @@ from lvlm_fix.errors import UnsupportedModelError
 from lvlm_fix.models.base import Family
 from lvlm_fix.passes import Pass, first_query
 from lvlm_fix.prompt import Prefill, Prompt, kept_columns, pack
-from lvlm_fix.replaying import ReplayedPrefill
+from lvlm_fix.replayed_decoder import ReplayedPrefill
 
 WORTH_SHARING = 16
 """Tokens before the first image from which on they are not computed twice: for fewer, to fetch keys costs more."""

@@ -17,7 +17,7 @@ from lvlm_fix.dispatch import looked_into, without_plans
 from lvlm_fix.errors import PromptError
 from lvlm_fix.methods.base import Method
 from lvlm_fix.passes import Pass
-from lvlm_fix.replaying import ReplayedStep
+from lvlm_fix.replayed_decoder import ReplayedStep
 from lvlm_fix.reporting import Report
 
 

@@ -18,7 +18,7 @@ from slow import Conversation, SlowDecoder, best, largest_difference, stages
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lvlm_fix import DAMRO, VAR, VTCCLS, PromptError, ZipVL, attach, replayed_tower, replaying
+from lvlm_fix import DAMRO, VAR, VTCCLS, PromptError, ZipVL, attach, replayed_decoder, replayed_tower
 
 TOLERANCE = 1e-4
 STEPS = 5
@@ -177,7 +177,7 @@ def slow_branches(model, ids, images: list[Seen], fix):
 def say_the_same_replayed(model, inputs, monkeypatch, methods=FIXES["all"]):
     """Ask about a picture and about darker ones, plainly and under one compile=True; recordings of the tower."""
     stand_in(monkeypatch)
-    monkeypatch.setattr(replaying, "LONGEST", 10**6)
+    monkeypatch.setattr(replayed_decoder, "LONGEST", 10**6)
     monkeypatch.setattr(replayed_tower, "MOST_CROPS", 10**3)
     asked = [dict(inputs) | {"pixel_values": inputs["pixel_values"] * light} for light in (1.0, 0.7, 0.4)]
     plainly = [logits_of(model, methods, one) for one in asked]

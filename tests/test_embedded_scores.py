@@ -12,7 +12,7 @@ HALF = "vtc_cls(keep=72)"
 
 @pytest.fixture(scope="module")
 def pope(tmp_path_factory):
-    task = tasks.pope(splits=("random", "adversarial"), limit=480)
+    task = tasks.pope(splits=("random", "adversarial"), limit=320)
     out = tmp_path_factory.mktemp("pope")
     summary = runner.run(
         task, settings=[HALF], out=out, decoding=Decoding(max_new_tokens=4), batch_size=48, progress=False

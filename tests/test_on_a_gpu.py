@@ -1,6 +1,6 @@
 """What is said on a GPU, by its kernels, is what is said on a processor, which the other tests hold to the slow oracle.
 
-LVLM_FIX_GPU=1 CUDA_VISIBLE_DEVICES=0 pytest tests/test_on_a_gpu.py tests/test_replaying.py
+LVLM_FIX_GPU=1 CUDA_VISIBLE_DEVICES=0 pytest tests/test_on_a_gpu.py tests/test_replayed_*.py
 """
 
 from __future__ import annotations

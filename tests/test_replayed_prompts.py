@@ -13,7 +13,7 @@ from on_device import GPU
 from recorded_operations import stand_in
 from test_compiling import CONTRAST, FIXES
 
-from lvlm_fix import DAMRO, VTCCLS, attach, recording, replayed_tower, replaying
+from lvlm_fix import DAMRO, VTCCLS, attach, recording, replayed_decoder, replayed_tower
 from lvlm_fix.models import family_of
 
 pytestmark = [
@@ -131,7 +131,7 @@ def _looking(inputs):
 
 @torch.inference_mode()
 def test_long_prompts_and_many_pictures_are_not_recorded(model, prompts, monkeypatch):
-    monkeypatch.setattr(replaying, "LONGEST", 256)
+    monkeypatch.setattr(replayed_decoder, "LONGEST", 256)
     monkeypatch.setattr(replayed_tower, "MOST_CROPS", 4)
     asked = prompts(["Is there a fork?"] * 5)
     assert answers(model, (PRUNE,), asked, compile=True)[1:] == ([], [])
