@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,15 +120,21 @@ def _require_room(name: str, config: Any, dtype: torch.dtype, device: torch.devi
     with torch.device("meta"):
         parameters = sum(one.numel() for one in AutoModelForImageTextToText.from_config(config).parameters())
     needed = int(parameters * dtype.itemsize * SPARE)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
     if needed > free:
         raise ValueError(
             f"{name} needs about {needed / 2**30:.0f} GiB in {str(dtype).removeprefix('torch.')} and {device} has "
             f"{free / 2**30:.0f} GiB free: use a larger device, or random:tiny"
         )
+
+
+def _available() -> int:
+    """Bytes of memory that can be had; of free pages alone, a machine that has read files has few."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux
+    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvailable"))
 
 
 def inputs_of(subject: Subject, rows: int, prompt_tokens: int | None = None) -> dict[str, Any]:

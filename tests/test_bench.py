@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from lvlm_fix import DAMRO, VAR, VTCCLS, ZipVL
 from lvlm_fix.benchmark import Stopwatch, cache_bytes, compete, fixed, plain, plain_compiled, summary
-from lvlm_fix.benchmark_models import Subject, inputs_of, subject
+from lvlm_fix.benchmark_models import Subject, _available, inputs_of, subject
 from lvlm_fix.benchmark_peer import interpreter
 from lvlm_fix.benchmark_reference import reference
 from lvlm_fix.cli import main
@@ -199,11 +200,16 @@ def test_mistakes_are_told_in_one_sentence(monkeypatch, capfd, words, says):
 
 def test_a_model_too_large_for_the_device_is_refused(monkeypatch):
     # 7 billion weights of two bytes each; the machine says that it has a page left
-    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    monkeypatch.setattr("lvlm_fix.benchmark_models._available", lambda: 4096)
     with pytest.raises(
         ValueError, match=r"random:llava-1.5-7b needs about \d+ GiB in float16 and cpu has 0 GiB free"
     ):
         subject("random:llava-1.5-7b", "cpu", "float16")
+
+
+def test_memory_that_holds_read_files_can_be_had():
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert free / 2 < _available() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_peer_that_cannot_be_imported_is_told_with_the_reason(monkeypatch):
