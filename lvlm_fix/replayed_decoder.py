@@ -91,7 +91,11 @@ class ReplayedStep(ReplayedPasses):
 
 
 class ReplayedPrefill(ReplayedPasses):
-    """Short prompts, which take the host as long to queue as long ones: many, once image tokens are pruned."""
+    """Short prompts, which take the host as long to queue as long ones: many, once image tokens are pruned.
+
+    Where no method attends and rows are padded, transformers' own prefill hides the padding in another kernel: there
+    logits are the same but for rounding, else bit by bit.
+    """
 
     def __init__(self, plain_forward: Callable, attention: MethodAttention) -> None:
         super().__init__(plain_forward, attention, "prefill", sharing=True)
