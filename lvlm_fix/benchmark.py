@@ -30,7 +30,7 @@ PICTURES = 3
 """Of one turn, behind those that warm up: whoever serves a model attaches once. A few, as machines drift within ten."""
 
 WARM_UPS = 2
-"""What is asked in them is recorded, or compiled, when it is asked for the second time."""
+"""Answers before the one that counts: what is recorded is so when it is asked for the second time."""
 
 Generate = Callable[..., Any]
 """Called as (new_tokens, streamer); returns what `generate` does: `sequences`, and the KV cache by one of its names."""

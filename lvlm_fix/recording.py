@@ -152,7 +152,8 @@ class Recordings:
         try:
             recording.record(self.what, function, inputs)
         except BaseException:
-            self.known[asked] = None
+            # Of memory and stream that a recording broke off in, nothing is known.
+            self.known[asked] = self.where = None
             raise
         return recording.output
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -44,10 +44,11 @@ class ReplayedPasses:
     def run(self, passes: Sequence[Pass], inputs: dict[str, Any], cache_name: str, caching: bool) -> Any:
         """What `plain_forward` says to `inputs`, which the passes tell the rest of; it stops at each attention."""
         forward = partial(self.forward, **{cache_name: OutOfSight() if caching else None})
-        asked, recording = self._next(inputs)
-        replays = recording is not None and bool(recording.graphs)
-        with self._attending(recording), self.attention.running(*passes, watching=not replays):
-            return self._say(asked, recording, forward, inputs)
+        with _where(inputs):
+            asked, recording = self._next(inputs)
+            replays = recording is not None and bool(recording.graphs)
+            with self._attending(recording), self.attention.running(*passes, watching=not replays):
+                return self._say(asked, recording, forward, inputs)
 
     def _next(self, inputs: dict[str, Any], *how: str) -> tuple[Any, Recording | None]:
         first, *others = {value.device for value in inputs.values() if isinstance(value, Tensor)}
@@ -60,10 +61,9 @@ class ReplayedPasses:
 
     @torch.no_grad()
     def _say(self, asked: Any, recording: Recording | None, forward: Callable, inputs: dict[str, Any]) -> Any:
-        with on_device_of(next(value for value in inputs.values() if isinstance(value, Tensor))):
-            if recording is None:
-                return forward(**inputs)
-            return own(self.recordings.output(recording, asked, forward, inputs))
+        if recording is None:
+            return forward(**inputs)
+        return own(self.recordings.output(recording, asked, forward, inputs))
 
     @contextmanager
     def _attending(self, recording: Recording | None) -> Iterator[None]:
@@ -101,7 +101,9 @@ class ReplayedPrefill(ReplayedPasses):
         super().__init__(plain_forward, attention, "prefill", sharing=True)
 
     def takes(self, passes: Sequence[Pass]) -> bool:
-        """Whether these are few enough tokens."""
+        """Whether these are few enough tokens, and nobody takes gradients, which a graph does not hand on."""
+        if torch.is_grad_enabled():
+            return False
         return len(passes[0].real) * sum(this.computed for this in passes) <= LONGEST
 
     def __call__(self, passes: Sequence[Pass], inputs: dict[str, Any], cache_name: str) -> Any:
@@ -111,9 +113,9 @@ class ReplayedPrefill(ReplayedPasses):
         if others or self.attention.methods or not (this.unpadded and _is_empty(this.cache)):
             return self.run(passes, inputs, cache_name, caching=this.cache is not None)
         # All prompts of this size are attended to alike, so that nothing need stop.
-        asked, recording = self._next(inputs, "whole")
-        with self._attending(None):
-            whole = partial(self._whole, this, cache_name)
+        whole = partial(self._whole, this, cache_name)
+        with _where(inputs), self._attending(None):
+            asked, recording = self._next(inputs, "whole")
             output, keys, values = self._say(asked, recording, whole, inputs)
         assert this.cache is not None
         for layer, key, value in zip(this.cache.layers, keys, values, strict=True):
@@ -127,6 +129,11 @@ class ReplayedPrefill(ReplayedPasses):
         with self.attention.running(replace(this, cache=None)):
             output = self.forward(**inputs | {cache_name: cache})
         return output, torch.stack(cache.keys), torch.stack(cache.values)
+
+
+def _where(inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Within, streams and graphs are those of the device that the inputs are on."""
+    return on_device_of(next(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
 def _without(cache_name: str, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ On a GPU, by LVLM_FIX_GPU=1 CUDA_VISIBLE_DEVICES=0; without one, operations are 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -146,6 +147,42 @@ def test_what_was_asked_last_stays_recorded(model, prompts, monkeypatch):
     )
     _, _, prefills = answers(model, (PRUNE,), [short, short, long, short, longer, short], compile=True)
     assert len(prefills) == 2 and prefills[-1] is not None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fix", [(PRUNE,), (PRUNE, CONTRAST)], ids=["vtc_cls", "vtc_cls damro"])
+def test_without_a_cache_the_same_is_said(model, prompts, fix):
+    asked = prompts(QUESTIONS["one"])[:3]
+    said = [answers(model, fix, asked, compile, use_cache=False)[0] for compile in (False, True)]
+    for (ours, _), (theirs, _) in zip(*said, strict=True):
+        assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.skipif(GPU, reason="there may be one GPU only")
+@torch.inference_mode()
+@pytest.mark.parametrize("fix", [(PRUNE,), (PRUNE, CONTRAST)], ids=["whole", "with stops"])
+def test_streams_are_those_of_the_models_device(model, prompts, fix, monkeypatch):
+    entered, made = [], []
+
+    @contextmanager
+    def on_device_of(x):
+        entered.append(x)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(replayed_decoder, "on_device_of", on_device_of)
+    monkeypatch.setattr(replayed_tower, "on_device_of", on_device_of)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: made.append(bool(entered)))
+    answers(model, fix, prompts(QUESTIONS["one"]), compile=True)
+    assert len(made) == 6 and all(made)
+
+
+def test_gradients_flow_through_the_prefill(model, prompts):
+    inputs = prompts(QUESTIONS["one"])[0]
+    with attach(model, PRUNE, compile=True):
+        for _ in range(3):
+            assert model(**inputs, use_cache=True).logits.requires_grad
 
 
 def test_gradients_flow_through_the_tower(model, prompts):

@@ -132,13 +132,14 @@ def test_a_model_that_asks_the_device_for_a_number_is_refused(placed, monkeypatc
     model, inputs = placed
     norm = model.get_decoder().norm
     plain = norm.forward
-    with attach(model, CONTRAST, compile=True):
+    with attach(model, CONTRAST, compile=True) as fix:
         with monkeypatch.context() as patched:
             patched.setattr(norm, "forward", lambda x: plain(x) if x.sum().item() < 1e9 else x)
             with pytest.raises(
                 UnsupportedModelError, match=r"cannot record .* as CUDA graphs .*: leave it out"
             ):
                 model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+        assert fix.pipeline.recordings[-1].where is None
         # What failed leaves nothing behind that would keep the next from being recorded.
         said = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(
